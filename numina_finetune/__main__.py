@@ -1,0 +1,5 @@
+"""``python -m numina_finetune``."""
+
+from numina_finetune.cli import main
+
+main()

@@ -1,0 +1,207 @@
+"""The command line: ``numina-finetune`` trains; its options are the fields of ``RunConfig``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from numina_finetune import launch
+from numina_finetune.config import RunConfig, SourceConfig, flag, load_yaml
+from numina_finetune.data.dataset import parse_source_name
+from numina_finetune.errors import ConfigError, ExitCode, UserError
+
+DEFAULT_COMMAND = "train"
+
+_SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "dataset_name": ("name", str, "Hub name, folder, .jsonl/.parquet file or synthetic-gsm8k; name[split] works."),
+    "dataset_config": ("config", str, "Configuration of a hub dataset, such as main."),
+    "dataset_split": ("split", str, "Split to train on; train if unset."),
+    "dataset_revision": ("revision", str, "Branch, tag or commit of a hub dataset."),
+    "dataset_weight": ("weight", float, "Share of the rows; all in proportion to their size if unset."),
+    "format": ("format", str, "auto, qa, gsm8k, math, numina_cot, numina_1.5 or messages."),
+    "messages_field": ("messages_field", str, "Column of the chat messages."),
+    "question_field": ("question_field", str, "Column of the question."),
+    "answer_field": ("answer_field", str, "Column of the answer."),
+}
+"""Options that are given once, or once for each --dataset-name: the SourceConfig field, its type, and help."""
+
+
+class _DefaultCommandGroup(TyperGroup):
+    """``numina-finetune --dataset-name …`` means ``numina-finetune train --dataset-name …``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultCommandGroup,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    # Hugging Face users type --max_steps as often as --max-steps.
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models for mathematics on TPUs, GPUs and CPUs. Without a command: train.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script, of ``python -m numina_finetune``, and of the launchers' scripts."""
+    launch.stop_with_launcher()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("numina_finetune").setLevel(logging.INFO)
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; a user's fault is one message, never a traceback."""
+    try:
+        code = app(args=list(arguments), prog_name="numina-finetune", standalone_mode=False)
+        return int(code or 0)
+    except UserError as error:
+        print(f"numina-finetune: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.STOPPED)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+
+
+def _train(config: str | None, **given: Any) -> int:
+    """Fine-tune a model; the same command again resumes."""
+    run_config = resolve_config(config, given)
+    name, reason = launch.choose_backend(run_config)
+    launch.prepare_environment(name)
+
+    from numina_finetune.checkpoint.preemption import StopNotice
+    from numina_finetune.train.run import check, train
+
+    with StopNotice() as notice:
+        check(run_config, name)
+        print(f"backend {name} ({reason})", flush=True)
+        return int(train(run_config, _backend_factory(name), notice))
+
+
+def _backend_factory(name: str) -> Callable[[RunConfig], Any]:
+    """The one place that knows every backend; each imports its device library only when chosen."""
+    if name == "xla":
+        from numina_finetune.xla.backend import XlaBackend
+
+        return XlaBackend
+    from numina_finetune.torch_native.backend import NativeBackend
+
+    return NativeBackend
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("quickstart-run"),
+) -> int:
+    """Train a tiny model on generated problems, be preempted, resume, evaluate, export: a few minutes on a CPU."""
+    launch.prepare_environment("native")
+    from numina_finetune.quickstart import run_quickstart
+
+    return run_quickstart(output_dir)
+
+
+def resolve_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
+    """The YAML's values, overridden by the options that were given.
+
+    Raises:
+        ConfigError: every fault in either.
+    """
+    mapping = load_yaml(yaml_path) if yaml_path else {}
+    source_options = {name: given.pop(name) for name in _SOURCE_OPTIONS}
+    bf16 = given.pop("bf16")
+    mapping |= {name: value for name, value in given.items() if value is not None}
+    faults: list[str] = []
+    if bf16 is not None:
+        wanted = "bf16" if bf16 else "fp32"
+        if mapping.get("precision", wanted) != wanted:
+            faults.append(
+                f"--{'' if bf16 else 'no-'}bf16 and --precision {mapping['precision']} contradict each other: keep one"
+            )
+        mapping["precision"] = wanted
+    sources = _sources(source_options, faults)
+    if sources:
+        mapping["datasets"] = sources
+    try:
+        config = RunConfig.from_mapping(mapping, yaml_path or "the command line")
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.problems]) from error
+    if faults:
+        raise ConfigError([*faults, *config.faults()])
+    return config
+
+
+def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[dict[str, Any]]:
+    """One mapping for each --dataset-name; other options apply to all, or to each in turn."""
+    names = options["dataset_name"] or []
+    sources: list[dict[str, Any]] = []
+    for name in names:
+        bare, split = parse_source_name(name)
+        sources.append({"name": bare, **({"split": split} if split else {})})
+    for option, (field_name, _, _) in _SOURCE_OPTIONS.items():
+        values = options[option] or []
+        if option == "dataset_name" or not values:
+            continue
+        if not names:
+            faults.append(f"{flag(option)} {values[0]} belongs to a --dataset-name, and there is none: add one")
+        elif len(values) not in (1, len(names)):
+            faults.append(
+                f"{flag(option)} is given {len(values)} times for {len(names)} datasets: "
+                "give it once, or once for each --dataset-name"
+            )
+        else:
+            for source, value in zip(sources, values * (len(names) if len(values) == 1 else 1), strict=True):
+                source[field_name] = value
+    return sources
+
+
+def _train_command() -> Callable[..., int]:
+    """``_train`` with one option for each field of RunConfig, so that no option is written down twice."""
+    parameters = [
+        _parameter("config", str, "YAML file with the same names; options given here win.", "Run"),
+        *(_parameter(name, kind, text, "Data", repeated=True) for name, (_, kind, text) in _SOURCE_OPTIONS.items()),
+        *(_field_parameter(f) for f in fields(RunConfig) if f.name != "datasets"),
+        _parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model"),
+    ]
+
+    def command(**options: Any) -> int:
+        return _train(options.pop("config"), **options)
+
+    command.__doc__ = _train.__doc__
+    command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _field_parameter(f: Field[Any]) -> inspect.Parameter:
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    kind = kinds[str(f.type).removesuffix(" | None")]
+    default = f.default if f.default is not MISSING else None
+    text = f.metadata["help"] + (f" [default: {default}]" if default not in (None, "") else "")
+    return _parameter(f.name, kind, text, f.metadata["group"])
+
+
+def _parameter(name: str, kind: type, text: str, group: str, *, repeated: bool = False) -> inspect.Parameter:
+    """An option that is None unless given, so that a YAML value is only overridden on purpose."""
+    spelling = flag(name)
+    spellings = f"{spelling}/--no-{spelling.removeprefix('--')}" if kind is bool else spelling
+    option = typer.Option(spellings, help=text, rich_help_panel=group, show_default=False)
+    annotation: Any = list[kind] | None if repeated else kind | None  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+app.command(DEFAULT_COMMAND)(_train_command())

@@ -1,0 +1,1 @@
+"""Configs, tokenizers and weights: plain torch and transformers."""

@@ -1,0 +1,80 @@
+"""Causal attention within packed segments, as a transformers attention function.
+
+Registered in ``AttentionInterface`` with no mask function beside it: transformers then builds no mask (which would
+read values back from the device) and passes extra model arguments such as ``segment_ids`` through to here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+SEGMENT_ATTENTION = "numina_segments"
+
+
+def segment_mask(segment_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Which key each query may see.
+
+    Args:
+        segment_ids: ``[batch, seq]`` int; positions of one packed sequence share a number.
+        window: keys a query reaches back, itself included; None = all of its segment.
+
+    Returns:
+        ``[batch, 1, seq, seq]`` bool, True = may see. Padding sees padding, so that no softmax row is empty.
+    """
+    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    distance = position[:, None] - position[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same_segment & visible
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segment_ids: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention, causal within each segment.
+
+    Args:
+        query: ``[batch, heads, seq, head_dim]``.
+        key, value: ``[batch, kv_heads, seq, head_dim]``; heads are a multiple of kv_heads.
+        segment_ids: ``[batch, seq]``, see :func:`segment_mask`.
+
+    Returns:
+        ``[batch, seq, heads, head_dim]`` and no attention weights, as transformers expects.
+    """
+    groups = query.shape[1] // key.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        query.to(value.dtype),
+        _repeat_heads(key.to(value.dtype), groups),
+        _repeat_heads(value, groups),
+        attn_mask=segment_mask(segment_ids, sliding_window),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[batch, kv_heads, seq, head_dim]`` to ``[batch, kv_heads·groups, seq, head_dim]``."""
+    if groups == 1:
+        return states
+    batch, heads, length, head_dim = states.shape
+    return states[:, :, None].expand(batch, heads, groups, length, head_dim).reshape(batch, -1, length, head_dim)
+
+
+AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)

@@ -1,0 +1,285 @@
+"""One command that shows the whole of it: train, be preempted, resume, export, and measure what was learned.
+
+A tiny Qwen3 learns generated word problems on four virtual XLA devices of the CPU. In the middle of the run its
+process gets the very signal a spot machine sends; the same command, run again, finishes. Accuracy is measured on
+problems whose arithmetic training never showed (see :mod:`numina_finetune.data.synthetic`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from numina_finetune.config import RunConfig, SourceConfig, flag
+from numina_finetune.data.chat import render_prompt
+from numina_finetune.data.synthetic import generate_problems
+from numina_finetune.errors import ConfigError, ExitCode
+from numina_finetune.evaluation.accuracy import AccuracyReport, exact_match
+from numina_finetune.models.load import load_model, load_tokenizer
+from numina_finetune.train.plots import plot_loss, read_lives
+
+STEPS = 700
+TEST_PROBLEMS = 256
+DEVICES = 4
+REQUIRED_ACCURACY = 0.5
+"""What the lower end of the 95% interval must exceed after training."""
+
+EVALUATION_BATCH = 128
+LONGEST_ANSWER = 96
+"""Tokens after which an answer is cut; the longest gold answer has fewer."""
+POLL_SECONDS = 0.2
+
+
+class StageFailed(Exception):
+    """A stage of the quickstart did not do what it shows; the message says which and how."""
+
+
+@dataclass
+class Figures:
+    """What the quickstart measured, written to ``quickstart.json``."""
+
+    before: AccuracyReport | None = None
+    after: AccuracyReport | None = None
+    parameters: int = 0
+    steps: int = 0
+    preempted_at: int | None = None
+    """Optimizer step of the checkpoint that the preempted life left."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock time of each stage."""
+
+
+def run_quickstart(output_dir: Path, *, steps: int | None = None, test_problems: int = TEST_PROBLEMS) -> int:
+    """Run every stage and say what happened.
+
+    Args:
+        output_dir: gets the run's folder.
+        steps: optimizer steps in all; fewer than the default prove the plumbing, not the learning.
+        test_problems: held-out problems of each evaluation.
+
+    Returns:
+        0, or 1 if a stage failed or the accuracy is not proven to be above one half.
+
+    Raises:
+        ConfigError: the folder already holds a quickstart.
+    """
+    config = quickstart_config(output_dir, STEPS if steps is None else steps)
+    run = output_dir / config.resolved_run_id
+    if run.exists():
+        raise ConfigError(f"--output-dir {output_dir} already holds a quickstart ({run}): give another folder")
+    figures = Figures(steps=config.max_steps)
+    started = time.monotonic()
+    try:
+        _stages(config, run, test_problems, figures)
+    except StageFailed as failure:
+        print(f"\nThe quickstart failed: {failure}", flush=True)
+        return ExitCode.CRASHED
+    finally:
+        figures.seconds["total"] = round(time.monotonic() - started, 1)
+        if run.is_dir():
+            (run / "quickstart.json").write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+    return _verdict(figures, run)
+
+
+def quickstart_config(output_dir: Path, steps: int) -> RunConfig:
+    """The run that the quickstart makes; its command line is :func:`command_line`."""
+    return RunConfig(
+        model_name="tiny-qwen3",
+        datasets=(SourceConfig("synthetic-gsm8k", format="gsm8k"),),
+        gsm8k_style="annotated",
+        precision="fp32",
+        max_seq_length=256,
+        per_device_train_batch_size=2,
+        learning_rate=4e-3,
+        warmup_ratio=0.05,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        max_steps=steps,
+        gradient_checkpointing=False,
+        backend="xla",
+        mesh=f"fsdp={DEVICES}",
+        output_dir=str(output_dir),
+        run_id="tiny-qwen3",
+        save_steps=0,
+    )
+
+
+def command_line(config: RunConfig) -> list[str]:
+    """The options that make ``numina-finetune`` run ``config``: those that differ from their defaults."""
+    (source,) = config.datasets
+    options = [f"--dataset-name={source.name}", f"--format={source.format}"]
+    for option in fields(RunConfig):
+        value = getattr(config, option.name)
+        if option.default is MISSING or option.name == "datasets" or value == option.default:
+            continue
+        if isinstance(value, bool):
+            options.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
+        else:
+            options.append(f"{flag(option.name)}={value}")
+    return options
+
+
+def _stages(config: RunConfig, run: Path, test_problems: int, figures: Figures) -> None:
+    tokenizer = load_tokenizer(config)
+    problems = generate_problems("test", count=test_problems)
+    evaluate = partial(_evaluate, tokenizer=tokenizer, problems=problems)
+
+    _say(f"1. The untrained model on {test_problems} held-out problems, greedily:")
+    with _Timed(figures, "evaluation before"):
+        model = load_model(config, tokenizer)
+        figures.parameters = sum(parameter.numel() for parameter in model.parameters())
+        figures.before = evaluate(model)
+    print(f"   {figures.before.summary}")
+
+    half = config.max_steps // 2
+    _say(f"2. Training on {DEVICES} virtual XLA devices, until SIGTERM arrives after about {half} steps:")
+    with _Timed(figures, "first life"):
+        _train_until_preempted(config, run, half)
+    figures.preempted_at = _committed_step(run)
+    print(f"   It saved step {figures.preempted_at} of {config.max_steps} and exited {ExitCode.PREEMPTED:d}.")
+
+    _say("3. The same command again:")
+    with _Timed(figures, "second life"):
+        code = _start(config).wait()
+    if code != ExitCode.DONE:
+        raise StageFailed(f"the resumed training exited {code}, not {ExitCode.DONE:d}")
+    _check_one_course(run, figures)
+
+    _say(f"4. The exported model on the same {test_problems} problems:")
+    with _Timed(figures, "evaluation after"):
+        figures.after = evaluate(AutoModelForCausalLM.from_pretrained(run / "model"))
+    print(f"   {figures.after.summary}")
+    plot_loss(
+        run / "metrics.jsonl",
+        run / "loss.png",
+        title=f"tiny-qwen3 ({figures.parameters / 1e6:.1f} M parameters) on generated GSM8K-style problems",
+        marks=[figures.preempted_at],
+    )
+
+
+def _evaluate(
+    model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]]
+) -> AccuracyReport:
+    # Training's attention knows packed rows but no cache.
+    model.set_attn_implementation("sdpa")
+    return exact_match(
+        model,
+        tokenizer,
+        problems,
+        prompt_ids=lambda question: render_prompt([{"role": "user", "content": question}], tokenizer),
+        batch_size=min(EVALUATION_BATCH, len(problems)),
+        max_new_tokens=LONGEST_ANSWER,
+    )
+
+
+def _start(config: RunConfig) -> subprocess.Popen[bytes]:
+    """The training as a user would start it, its output on this terminal."""
+    options = command_line(config)
+    print("   $ numina-finetune " + " ".join(options), flush=True)
+    environment = {name: value for name, value in os.environ.items() if name != "USE_TORCH_XLA"}
+    environment |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(DEVICES)}
+    return subprocess.Popen([sys.executable, "-m", "numina_finetune", *options], env=environment)
+
+
+def _train_until_preempted(config: RunConfig, run: Path, step: int) -> None:
+    """Start the training and send it SIGTERM once ``step`` steps are on record.
+
+    Raises:
+        StageFailed: it ended by itself, or not as a preempted run does.
+    """
+    process = _start(config)
+    try:
+        while _recorded_step(run) < step:
+            if process.poll() is not None:
+                raise StageFailed(f"the training exited {process.returncode} before it was preempted")
+            time.sleep(POLL_SECONDS)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+    if code != ExitCode.PREEMPTED:
+        raise StageFailed(f"the preempted training exited {code}, not {ExitCode.PREEMPTED:d}")
+
+
+def _recorded_step(run: Path) -> int:
+    """The last whole line's step in ``metrics.jsonl``; 0 before there is one."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def _committed_step(run: Path) -> int:
+    """The newest step with a committed checkpoint.
+
+    Raises:
+        StageFailed: there is none.
+    """
+    steps = [int(marker.parts[-3].removeprefix("step-")) for marker in run.glob("checkpoints/step-*/*/COMMITTED")]
+    if not steps:
+        raise StageFailed(f"the preempted training left no committed checkpoint in {run / 'checkpoints'}")
+    return max(steps)
+
+
+def _check_one_course(run: Path, figures: Figures) -> None:
+    """The two lives together made every step once.
+
+    Raises:
+        StageFailed: they did not.
+    """
+    lives = read_lives(run / "metrics.jsonl")
+    made = [step for life in lives for step in life.steps]
+    if made != list(range(1, figures.steps + 1)) or len(lives) != 2 or lives[1].steps[0] != figures.preempted_at + 1:
+        told = ", ".join(f"life {life.number}: {life.steps[0]} to {life.steps[-1]}" for life in lives)
+        raise StageFailed(f"the lives do not make one course of {figures.steps} steps ({told})")
+
+
+def _verdict(figures: Figures, run: Path) -> int:
+    before, after = figures.before, figures.after
+    if before is None or after is None:
+        raise AssertionError("a verdict needs both evaluations")
+    passed = after.lower > REQUIRED_ACCURACY
+    rows = [
+        ("held-out problems", f"{after.n}"),
+        ("always the commonest answer", f"{after.majority:.1%}"),
+        ("exact match before training", f"{before.accuracy:.1%}"),
+        ("exact match after training", f"{after.accuracy:.1%}  (95% interval {after.lower:.1%} to {after.upper:.1%})"),
+        ("preempted and resumed at step", f"{figures.preempted_at} of {figures.steps}"),
+        ("seconds", f"{figures.seconds['total']:.0f}"),
+        ("loss curve", f"{run / 'loss.png'}"),
+        ("model", f"{run / 'model'}"),
+    ]
+    print()
+    for name, value in rows:
+        print(f"  {name:<30} {value}")
+    if not passed:
+        print(f"\nThe quickstart failed: the accuracy is not proven to be above {REQUIRED_ACCURACY:.0%}.")
+    sys.stdout.flush()
+    return ExitCode.DONE if passed else ExitCode.CRASHED
+
+
+class _Timed:
+    """Adds the wall-clock seconds of its block to the figures."""
+
+    def __init__(self, figures: Figures, stage: str) -> None:
+        self._figures, self._stage = figures, stage
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._figures.seconds[self._stage] = round(time.monotonic() - self._started, 1)
+
+
+def _say(line: str) -> None:
+    print(f"\n{line}", flush=True)

@@ -1,0 +1,1 @@
+"""The native backend: CPUs and GPUs through Accelerate."""

@@ -1,0 +1,156 @@
+"""The native backend: one process a device, data-parallel through Accelerate, on CPUs and GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedModel
+
+from numina_finetune.checkpoint.shards import load_shards, save_shards
+from numina_finetune.config import RunConfig
+from numina_finetune.data.loader import Batch
+from numina_finetune.errors import ConfigError
+from numina_finetune.mesh import MeshShape, parse_mesh
+from numina_finetune.models.precision import apply_precision, canonical_name
+from numina_finetune.train.agreement import ProcessGroup
+from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
+from numina_finetune.train.loss import IGNORE_INDEX, CausalLoss
+from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
+from numina_finetune.train.step import optimizer_step
+
+
+class NativeBackend:
+    """Implements :class:`numina_finetune.train.backend.Backend`; the numerical reference for the others.
+
+    Raises:
+        ConfigError: the mesh has other axes than data, or does not multiply to the number of processes.
+    """
+
+    name = "native"
+
+    def __init__(self, config: RunConfig) -> None:
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=not torch.cuda.is_available(), log_with=config.trackers or None, rng_types=[]
+        )
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.XLA:
+            raise ConfigError(
+                "--backend native, but Accelerate has already chosen XLA: set USE_TORCH_XLA=false in the environment"
+            )
+        self.process_index, self.process_count = state.process_index, state.num_processes
+        self.mesh_shape = _data_mesh(config.mesh, self.process_count)
+        self.data_parallel_size, self.replicas_per_process = self.process_count, 1
+        self.processes = ProcessGroup()
+        self.device = self.accelerator.device
+        self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
+
+    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        apply_precision(model, config.precision)
+        model.to(self.device)
+        self._parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        self._optimizer = _make_adamw(self._parameters, config)
+        self._module: nn.Module = self.accelerator.prepare(CausalLoss(model).train())
+        self._max_grad_norm = config.max_grad_norm
+
+    def put_batch(self, rows: Batch) -> DeviceBatch:
+        return {name: torch.from_numpy(array).to(self.device) for name, array in rows._asdict().items()}
+
+    def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        return optimizer_step(
+            self._module,
+            list(self._parameters.values()),
+            batches,
+            max_grad_norm=self._max_grad_norm,
+            update=self._update,
+            reduce=self._sum_over_processes,
+            gradient_scale=float(self.process_count),
+            accumulating=self._no_sync,
+            foreach=None,
+        )
+
+    def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
+        return metrics_from_rows(torch.stack(list(metrics)).cpu())
+
+    def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
+        totals = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self._module.eval()
+        with torch.no_grad():
+            for batch in batches:
+                totals[0] += self._module(**batch)
+                totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        self._module.train()
+        loss, tokens = self._sum_over_processes(totals).tolist()
+        return loss, int(tokens)
+
+    def save(self, folder: Path) -> None:
+        save_shards(self._state(), folder)
+
+    def load(self, folder: Path) -> None:
+        load_shards(self._state(), folder)
+
+    def agree_stop(self, wanted: bool) -> bool:
+        return self.processes.any(wanted)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.processes.broadcast(value)
+
+    def barrier(self) -> None:
+        self.processes.barrier()
+
+    def summary(self) -> str:
+        return "eager execution: no graph to compile"
+
+    def _state(self) -> dict[str, Any]:
+        return named_state(self._parameters, self._optimizer)
+
+    def _update(self, applied: torch.Tensor) -> None:
+        # The fused kernel's contract with GradScaler: where found_inf is 1, nothing changes, the step count included.
+        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self._optimizer.found_inf = 1.0 - applied.float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+
+    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        if self.process_count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self._module)
+        return context if self.process_count > 1 else nullcontext()
+
+
+def _data_mesh(text: str | None, processes: int) -> MeshShape:
+    shape = parse_mesh(text, processes, default_axis="data")
+    if shape.data != processes:
+        raise ConfigError(
+            f"--mesh {text!r}: the native backend splits rows only, over its {processes} process(es): "
+            f"use data={processes}, or --backend xla"
+        )
+    return shape
+
+
+def _make_adamw(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
+    """AdamW with its state already there, at step 0, so that a checkpoint loads in place."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(parameters, config.weight_decay), lr=0.0, fused=True, **adamw_arguments(config)
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+    return optimizer

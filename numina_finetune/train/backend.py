@@ -1,0 +1,93 @@
+"""What the loop asks of a device library; implemented by ``xla`` and ``torch_native``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from numina_finetune.config import RunConfig
+from numina_finetune.data.loader import Batch
+from numina_finetune.mesh import MeshShape
+
+DeviceBatch = Mapping[str, torch.Tensor]
+"""``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
+DeviceMetrics = torch.Tensor
+"""fp32 ``[5]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, read back."""
+
+    loss: float
+    """Mean over the step's supervised tokens."""
+    grad_norm: float
+    """Global norm before clipping."""
+    supervised: int
+    """Tokens with loss, over all devices and micro-batches."""
+    tokens: int
+    """Tokens that are not padding."""
+    applied: bool
+    """False where a non-finite loss or gradient made the device skip the update."""
+
+
+class Backend(Protocol):
+    """Devices, and the one compiled step on them."""
+
+    name: str
+    accelerator: Accelerator
+    device_description: str
+    mesh_shape: MeshShape
+    process_index: int
+    process_count: int
+    data_parallel_size: int
+    """Rows of a micro-batch are split over this many replicas."""
+    replicas_per_process: int
+    """Of which this process feeds so many, contiguous from ``process_index * replicas_per_process``."""
+
+    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
+        """Move the model to the devices, shard it, and make its optimizer."""
+
+    def put_batch(self, rows: Batch) -> DeviceBatch:
+        """This process's rows of one micro-batch, on the devices."""
+
+    def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
+        """One optimizer step; reads nothing back."""
+
+    def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
+        """The one place where training metrics come to the host, in one transfer."""
+
+    def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
+        """Summed loss and supervised tokens, over all processes."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer, sharded, under Hugging Face parameter names."""
+
+    def load(self, folder: Path) -> None:
+        """The inverse of :meth:`save`, in place, from whatever mesh or backend wrote it."""
+
+    def agree_stop(self, wanted: bool) -> bool:
+        """Whether any process wants to stop; every process gets the same answer at the same step."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Process 0's value, on every process."""
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+
+    def summary(self) -> str:
+        """What the run cost in compilations and host reads, in one line."""
+
+
+def metrics_from_rows(rows: torch.Tensor) -> list[StepMetrics]:
+    """``[steps, 5]`` on the host to one record a step."""
+    return [
+        StepMetrics(loss, norm, int(supervised), int(tokens), bool(applied))
+        for loss, norm, supervised, tokens, applied in rows.tolist()
+    ]

@@ -1,0 +1,99 @@
+"""Next-token cross-entropy without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+IGNORE_INDEX = -100
+"""Label of a position without loss."""
+
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once, over all devices' rows: 256 MiB in fp32."""
+
+
+class CausalLoss(nn.Module):
+    """A causal language model and its summed loss, as the one module that is trained.
+
+    A module rather than a function, because data-parallel wrappers hook the forward of a module.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        segment_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss summed over supervised positions, fp32 scalar; every argument is ``[batch, seq]`` int32."""
+        hidden = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
+        ).last_hidden_state
+        return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, labels)
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``, sum reduction.
+
+    Args:
+        hidden: ``[batch, seq, hidden]`` in the compute type.
+        weight: ``[vocabulary, hidden]`` in the compute type.
+        labels: ``[batch, seq]`` int, already shifted; ``-100`` has no loss.
+
+    Returns:
+        fp32 scalar.
+    """
+    batch, length, _ = hidden.shape
+    chunk = max(1, min(length, CHUNK_ELEMENTS // (batch * weight.shape[0])))
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Walks the sequence in chunks and takes the gradients on the way forward.
+
+    The loss is a sum, so its gradient is known up to one scalar when the logits are at hand: nothing is computed
+    twice, and the weight's gradient is accumulated in one fp32 buffer. The chunks split the sequence, never the
+    batch, so that rows stay on their devices.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        vocabulary = torch.arange(weight.shape[0], device=hidden.device, dtype=labels.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradients = []
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        for start in range(0, hidden.shape[1], chunk):
+            states, targets = hidden[:, start : start + chunk], labels[:, start : start + chunk]
+            supervised = (targets != IGNORE_INDEX).unsqueeze(-1)
+            # A comparison instead of gather and scatter: both are slow on a TPU, and this one fuses.
+            is_target = vocabulary == targets.unsqueeze(-1)
+            logits = (states @ weight.T).float()
+            log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            target_logits = torch.where(is_target, logits, 0.0).sum(dim=-1, keepdim=True)
+            loss = loss + torch.where(supervised, log_normaliser - target_logits, 0.0).sum()
+            if weight_gradient is not None:
+                gradient = torch.exp(logits - log_normaliser) - is_target.float()
+                gradient = torch.where(supervised, gradient, 0.0).to(hidden.dtype)
+                hidden_gradients.append(gradient @ weight)
+                weight_gradient = weight_gradient + torch.einsum("bsv,bsh->vh", gradient, states).float()
+        if weight_gradient is not None:
+            ctx.save_for_backward(torch.cat(hidden_gradients, dim=1), weight_gradient)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        (scale,) = gradients
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * scale.to(hidden_gradient.dtype), (weight_gradient * scale).to(ctx.weight_dtype), None, None

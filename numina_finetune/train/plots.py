@@ -1,0 +1,96 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMOOTHED_SHARE = 0.03
+"""The smoothed curve averages over this share of the steps on either side."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """The steps that one process made between its start and its end."""
+
+    number: int
+    steps: list[int]
+    losses: list[float]
+
+
+def read_lives(metrics_path: Path) -> list[Life]:
+    """The training loss by life, from ``metrics.jsonl``: one object a line, those with a ``loss`` being steps.
+
+    A step that a later life made again counts for that life only. A last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: the file holds no step.
+    """
+    made: dict[int, tuple[int, float]] = {}
+    for line in metrics_path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("loss") is not None:
+            made[int(record["step"])] = (int(record.get("life", 1)), float(record["loss"]))
+    if not made:
+        raise ValueError(f"{metrics_path} holds no training step")
+    lives = []
+    for number, group in groupby(sorted(made.items()), key=lambda item: item[1][0]):
+        steps, values = zip(*group, strict=True)
+        lives.append(Life(number, list(steps), [loss for _, loss in values]))
+    return lives
+
+
+def plot_loss(metrics_path: Path, png_path: Path, *, title: str, marks: Sequence[int] = ()) -> None:
+    """Draw the loss of every optimizer step, its smoothed course, and the steps of each life.
+
+    Args:
+        metrics_path: a run's ``metrics.jsonl``.
+        marks: steps after which the run was preempted, drawn as vertical lines.
+
+    Raises:
+        ValueError: the file holds no step.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lives = read_lives(metrics_path)
+    steps = np.array([step for life in lives for step in life.steps])
+    losses = np.array([loss for life in lives for loss in life.losses])
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, life in enumerate(lives):
+        label = f"life {life.number}: steps {life.steps[0]} to {life.steps[-1]}"
+        axes.plot(life.steps, life.losses, color=f"C{index % 10}", alpha=0.35, linewidth=0.8, label=label)
+    axes.plot(steps, smooth(losses), color="black", linewidth=1.6, label="smoothed")
+    for index, mark in enumerate(marks):
+        label = "preempted" if index == 0 else None
+        axes.axvline(mark, color="crimson", linestyle="--", linewidth=1.2, label=label)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
+    axes.set_xlim(0, int(steps[-1]))
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(loc="upper right")
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=120)
+    pyplot.close(figure)
+
+
+def smooth(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred mean over a window that shrinks at the ends and skips non-finite values; ``[steps] -> [steps]``."""
+    half = max(1, round(SMOOTHED_SHARE * len(losses)))
+    finite = np.isfinite(losses)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    position = np.arange(len(losses))
+    low, high = np.maximum(position - half, 0), np.minimum(position + half + 1, len(losses))
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,128 @@
+"""What a person and a program see of a run: a progress bar, log lines, ``metrics.jsonl``, trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from numina_finetune import storage
+from numina_finetune.train.backend import StepMetrics
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """Process 0's account of the run; silent elsewhere."""
+
+    def __init__(
+        self, run: Path, accelerator: Accelerator, *, life: int, step: int, total_steps: int, active: bool
+    ) -> None:
+        self._path, self._accelerator = run / METRICS, accelerator
+        self._life, self._step, self._total = life, step, total_steps
+        self._active = active
+        self._started = self._since = time.monotonic()
+        self._steps_at_start = step
+        if active:
+            _keep_records_up_to(self._path, step)
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not (active and sys.stderr.isatty())
+        )
+
+    def advance(self) -> None:
+        """One optimizer step was dispatched."""
+        self._bar.update(1)
+
+    def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float]) -> None:
+        """Record the steps since the last log line; they have just been read, so the clock is true."""
+        now = time.monotonic()
+        rate = sum(m.tokens for m in metrics) / max(now - self._since, 1e-9)
+        self._since = now
+        records = []
+        for metric, learning_rate in zip(metrics, learning_rates, strict=True):
+            self._step += 1
+            records.append(_record(self._step, metric, learning_rate, rate, self._life))
+        if not self._active:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
+            self._accelerator.log(numbers, step=record["step"])
+        self._show(metrics[-1], learning_rates[-1], rate, now)
+
+    def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
+        """Record the evaluation loss after ``step``."""
+        record = {"step": step, "eval_loss": loss, "eval_tokens": tokens, "life": self._life}
+        if self._active:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self._accelerator.log({"eval_loss": loss}, step=step)
+            self._say(f"step {step}/{self._total}  evaluation loss {loss:.4f} over {tokens} tokens")
+        self._since = time.monotonic()
+
+    def pause_clock(self) -> None:
+        """Leave out of the next rate what was not training, such as a save."""
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _show(self, metric: StepMetrics, learning_rate: float, rate: float, now: float) -> None:
+        done = self._step - self._steps_at_start
+        remaining = (now - self._started) / max(done, 1) * (self._total - self._step)
+        self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
+        if self._bar.disable:
+            self._say(
+                f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
+                f"{rate:.0f} tokens/s  {_clock(remaining)} left"
+            )
+
+    def _say(self, line: str) -> None:
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+
+
+def _record(step: int, metric: StepMetrics, learning_rate: float, rate: float, life: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": metric.loss,
+        "learning_rate": learning_rate,
+        "grad_norm": metric.grad_norm,
+        "supervised_tokens": metric.supervised,
+        "tokens": metric.tokens,
+        "tokens_per_second": round(rate, 1),
+        "applied": metric.applied,
+        "life": life,
+    }
+
+
+def _keep_records_up_to(path: Path, step: int) -> None:
+    """Forget steps that an earlier life made after its last checkpoint: this life makes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # a line cut off by a kill
+            logger.info("dropped an incomplete line of %s", path)
+    storage.write_text(path, "".join(kept))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

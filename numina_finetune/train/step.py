@@ -1,0 +1,74 @@
+"""The arithmetic of one optimizer step, the same on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
+from numina_finetune.train.loss import IGNORE_INDEX
+
+
+def optimizer_step(
+    module: Callable[..., torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    batches: Sequence[DeviceBatch],
+    *,
+    max_grad_norm: float,
+    update: Callable[[torch.Tensor], None],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    gradient_scale: float,
+    accumulating: Callable[[], AbstractContextManager[None]],
+    foreach: bool | None,
+) -> DeviceMetrics:
+    """Forward, backward and update over the micro-batches of one optimizer step.
+
+    The loss is the mean over the supervised tokens of the whole step: micro-batches and devices with more of them
+    weigh more, as if it had all been one batch.
+
+    Args:
+        module: maps a batch to its summed loss, a :class:`~numina_finetune.train.loss.CausalLoss` or a wrapper of one.
+        max_grad_norm: 0 = no clipping.
+        update: applies the gradients, unless its argument (bool scalar on the device) is false.
+        reduce: sum over processes; the identity where one program spans all devices.
+        gradient_scale: undoes the averaging of gradients over processes.
+        accumulating: context in which gradients stay on this process (all but the last micro-batch).
+        foreach: fused gradient norm; False where the device library cannot.
+
+    Returns:
+        See :data:`~numina_finetune.train.backend.DeviceMetrics`.
+    """
+    supervised = reduce(_count(batch["labels"] != IGNORE_INDEX for batch in batches))
+    tokens = reduce(_count(batch["segment_ids"] > 0 for batch in batches))
+    # A step of empty rows has no supervised token; its gradients are then zero, not 0/0.
+    divisor = torch.clamp(supervised, min=1.0)
+    losses = []
+    for batch in batches[:-1]:
+        with accumulating():
+            losses.append(_backward(module, batch, gradient_scale / divisor))
+    losses.append(_backward(module, batches[-1], gradient_scale / divisor))
+    loss = reduce(torch.stack(losses).sum()) / divisor
+
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+    applied = torch.isfinite(norm) & torch.isfinite(loss)
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)
+    update(applied)
+    for parameter in parameters:
+        parameter.grad = None
+    return torch.stack([loss, norm.float(), supervised, tokens, applied.float()])
+
+
+def _backward(module: Callable[..., torch.Tensor], batch: DeviceBatch, scale: torch.Tensor) -> torch.Tensor:
+    loss = module(**batch)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+
+def _count(masks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """True values in all of ``masks``, as an fp32 scalar on the device."""
+    return torch.stack([mask.sum() for mask in masks]).sum().float()

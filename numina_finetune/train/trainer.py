@@ -1,0 +1,130 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from numina_finetune.checkpoint.manager import CheckpointManager
+from numina_finetune.checkpoint.preemption import StopNotice
+from numina_finetune.checkpoint.progress import Progress
+from numina_finetune.config import RunConfig
+from numina_finetune.data.loader import Batch, Loader
+from numina_finetune.errors import TrainingDiverged
+from numina_finetune.train.backend import Backend, DeviceMetrics
+from numina_finetune.train.batch import BatchPlan
+from numina_finetune.train.optim import learning_rate_at
+from numina_finetune.train.report import Report
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Non-finite steps after which more of them will not help."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this life of the run has to do."""
+
+    batch: BatchPlan
+    total_steps: int
+    total_rows: int | None
+    """Rows from this one on are empty; None where ``--max-steps`` sets the end."""
+
+
+class Trainer:
+    """One life of a run, from its newest checkpoint to its end or to a notice."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        backend: Backend,
+        plan: Plan,
+        train_rows: Loader,
+        eval_rows: Loader | None,
+        *,
+        progress: Progress,
+        checkpoints: CheckpointManager,
+        report: Report,
+        notice: StopNotice,
+    ) -> None:
+        self._config, self._backend, self._plan = config, backend, plan
+        self._train_rows, self._eval_rows = train_rows, eval_rows
+        self._progress, self._checkpoints, self._report, self._notice = progress, checkpoints, report, notice
+        self._saved_step = progress.step
+        self._pending: list[tuple[DeviceMetrics, float]] = []
+        self._skipped_in_a_row = 0
+
+    def run(self) -> bool:
+        """Train until the last step (True) or until any process is asked to stop (False); saved either way."""
+        while self._progress.step < self._plan.total_steps:
+            if self._backend.agree_stop(self._notice.wanted):
+                self._save()
+                return False
+            self._train_step()
+            step = self._progress.step
+            if step % self._config.logging_steps == 0:
+                self._log()
+            if self._config.save_steps and step % self._config.save_steps == 0:
+                self._save()
+            if self._config.eval_steps and step % self._config.eval_steps == 0:
+                self._evaluate()
+        self._save()
+        if not self._config.eval_steps or self._progress.step % self._config.eval_steps:
+            self._evaluate()
+        return True
+
+    def _train_step(self) -> None:
+        learning_rate = learning_rate_at(self._progress.step, self._plan.total_steps, self._config)
+        batches = [self._backend.put_batch(rows) for rows in self._micro_batches()]
+        self._pending.append((self._backend.step(batches, learning_rate), learning_rate))
+        self._progress.step += 1
+        self._progress.rows += self._plan.batch.global_batch
+        self._report.advance()
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """This process's part of each micro-batch of the next optimizer step."""
+        plan = self._plan.batch
+        for micro_batch in range(plan.accumulation):
+            first = self._progress.rows + micro_batch * plan.rows_per_micro_batch
+            yield self._share(self._train_rows, first, plan.rows_per_micro_batch, self._plan.total_rows)
+
+    def _share(self, rows: Loader, first: int, count: int, end: int | None) -> Batch:
+        own = count * self._backend.replicas_per_process // self._backend.data_parallel_size
+        return rows.batch(first + own * self._backend.process_index, own, end)
+
+    def _log(self) -> None:
+        """Read the metrics since the last time: the one place where the loop waits for the device."""
+        if not self._pending:
+            return
+        metrics = self._backend.read([device for device, _ in self._pending])
+        self._progress.tokens += sum(metric.tokens for metric in metrics)
+        self._report.log(metrics, [rate for _, rate in self._pending])
+        self._pending.clear()
+        for metric in metrics:
+            self._skipped_in_a_row = 0 if metric.applied else self._skipped_in_a_row + 1
+            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(
+                    f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row had a non-finite loss or gradient and were "
+                    f"skipped; the last checkpoint is of step {self._saved_step}: lower --learning-rate or look at "
+                    "the data there"
+                )
+
+    def _save(self) -> None:
+        self._log()
+        if self._saved_step == self._progress.step:
+            return
+        self._checkpoints.save(self._progress.step)
+        self._saved_step = self._progress.step
+        self._report.pause_clock()
+
+    def _evaluate(self) -> None:
+        """The loss over the whole evaluation set, in rows of the training shape."""
+        if self._eval_rows is None:
+            return
+        self._log()
+        rows, total = self._plan.batch.rows_per_micro_batch, self._eval_rows.rows_per_epoch
+        shares = (self._share(self._eval_rows, first, rows, total) for first in range(0, total, rows))
+        loss, tokens = self._backend.evaluate(self._backend.put_batch(share) for share in shares)
+        self._report.log_evaluation(self._progress.step, loss / max(tokens, 1), tokens)

@@ -1,0 +1,135 @@
+"""The SPMD backend: one process a host, one program over all devices of all hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.distributed.xla_backend
+import torch_xla.runtime as xr
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from numina_finetune.config import RunConfig
+from numina_finetune.data.loader import Batch
+from numina_finetune.models.precision import apply_precision
+from numina_finetune.train.agreement import ProcessGroup
+from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
+from numina_finetune.train.loss import IGNORE_INDEX, CausalLoss
+from numina_finetune.train.optim import named_state
+from numina_finetune.train.step import optimizer_step
+from numina_finetune.xla.optimizer import guarded_update, make_adamw
+from numina_finetune.xla.placement import constrain_activations, shard_parameters
+from numina_finetune.xla.remat import enable_gradient_checkpointing
+from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, start_spmd
+from numina_finetune.xla.state import load_sharded, save_sharded
+
+
+class XlaBackend:
+    """Implements :class:`numina_finetune.train.backend.Backend`.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, or the environment forbids training.
+    """
+
+    name = "xla"
+
+    def __init__(self, config: RunConfig) -> None:
+        devices = start_spmd()
+        self._mesh, self.mesh_shape = build_mesh(config.mesh, devices)
+        self.process_index = int(xr.process_index())
+        self.process_count = int(xr.process_count())
+        if self.process_count > 1:
+            dist.init_process_group("gloo", init_method="xla://")
+        self.processes = ProcessGroup()
+        self.data_parallel_size = self.mesh_shape.data_parallel_size
+        self.replicas_per_process = self.data_parallel_size // self.process_count
+        self.device = torch_xla.device()
+        self.device_description = (
+            f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, {self.process_count} process(es)"
+        )
+        self.accelerator = Accelerator(mixed_precision="no", log_with=config.trackers or None, rng_types=[])
+        self._traffic = TrafficCounter()
+
+    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        apply_precision(model, config.precision)
+        self._parameters = shard_parameters(model, self._mesh, self.mesh_shape, self.device)
+        constrain_activations(model, self._mesh)
+        self._optimizer = make_adamw(self._parameters, config, self.device)
+        self._module = self.accelerator.prepare(CausalLoss(model).train())
+        self._max_grad_norm = config.max_grad_norm
+        torch_xla.sync()
+
+    def put_batch(self, rows: Batch) -> DeviceBatch:
+        tensors = {name: torch.from_numpy(array) for name, array in rows._asdict().items()}
+        # minibatch: with several hosts each one passes only its own rows of the global batch.
+        spec = xs.ShardingSpec(self._mesh, BATCH_SPEC, minibatch=self.process_count > 1)
+        moved = xm.send_cpu_data_to_device(list(tensors.values()), self.device, spec)
+        return dict(zip(tensors, moved, strict=True))
+
+    def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
+        self._traffic.enter_step()
+        # A scalar 0 or 1 would be traced as a constant, and a warm-up that begins at 0 compiled twice.
+        rate = torch.tensor([learning_rate]).to(self.device).squeeze(0)
+        metrics = optimizer_step(
+            self._module,
+            list(self._parameters.values()),
+            batches,
+            max_grad_norm=self._max_grad_norm,
+            update=lambda applied: guarded_update(self._optimizer, rate, applied),
+            reduce=lambda value: value,
+            gradient_scale=1.0,
+            accumulating=nullcontext,
+            foreach=False,
+        )
+        torch_xla.sync()
+        self._traffic.leave_step()
+        return metrics
+
+    def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
+        return metrics_from_rows(torch.stack(list(metrics)).cpu())
+
+    def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
+        losses, counts = [], []
+        self._module.eval()
+        with torch.no_grad():
+            for batch in batches:
+                losses.append(self._module(**batch))
+                counts.append((batch["labels"] != IGNORE_INDEX).sum())
+                torch_xla.sync()
+        self._module.train()
+        return float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)
+
+    def save(self, folder: Path) -> None:
+        save_sharded(self._state(), folder)
+
+    def load(self, folder: Path) -> None:
+        load_sharded(self._state(), folder)
+
+    def agree_stop(self, wanted: bool) -> bool:
+        return self.processes.any(wanted)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.processes.broadcast(value)
+
+    def barrier(self) -> None:
+        self.processes.barrier()
+
+    def summary(self) -> str:
+        return (
+            f"training-graph compilations: {self._traffic.training_compilations}; "
+            f"host reads between log lines: {self._traffic.host_reads}"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return named_state(self._parameters, self._optimizer)
+

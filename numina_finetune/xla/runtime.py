@@ -1,0 +1,90 @@
+"""SPMD mode, the device mesh, and what the run cost in compilations and host reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch_xla.debug.metrics as xla_metrics
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+
+from numina_finetune.config import BATCH_AXES, MESH_AXES
+from numina_finetune.errors import ConfigError
+from numina_finetune.mesh import MeshShape, parse_mesh
+
+BATCH_SPEC = (BATCH_AXES, None)
+"""Partition of a ``[batch, seq]`` tensor: rows over the data-parallel axes."""
+
+
+def start_spmd() -> int:
+    """Enter SPMD mode, one process a host, and return the number of devices of all hosts.
+
+    Raises:
+        ConfigError: the environment asks for what cannot be trained under.
+    """
+    faults = [
+        f"{name}={os.environ[name]} turns every float into bfloat16, master weights too: unset it and use --precision"
+        for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
+        if os.environ.get(name, "0") not in ("", "0")
+    ]
+    if faults:
+        raise ConfigError(faults)
+    xr.use_spmd()
+    return int(xr.global_runtime_device_count())
+
+
+def build_mesh(text: str | None, devices: int) -> tuple[xs.Mesh, MeshShape]:
+    """The mesh of ``--mesh`` over all devices, also made the global one.
+
+    Raises:
+        ConfigError: see :func:`numina_finetune.mesh.parse_mesh`; or an axis that must stay inside a host does not.
+    """
+    shape = parse_mesh(text, devices)
+    local = devices // int(xr.process_count())
+    inner = shape.expert * shape.tensor
+    if local % inner:
+        raise ConfigError(
+            f"--mesh {text!r}: expert x tensor = {inner} devices do not fit into a host's {local}: "
+            "make their product divide it, so that a host's rows stay its own"
+        )
+    if shape.dcn > 1 and xr.device_type() == "TPU":
+        # Slices know their place in the network; HybridMesh orders the devices by it.
+        mesh: xs.Mesh = xs.HybridMesh(
+            ici_mesh_shape=(1, *shape.sizes[1:]), dcn_mesh_shape=(shape.dcn, 1, 1, 1, 1), axis_names=MESH_AXES
+        )
+    else:
+        mesh = xs.Mesh(np.arange(devices), shape.sizes, MESH_AXES)
+    xs.set_global_mesh(mesh)
+    return mesh, shape
+
+
+@dataclass
+class TrafficCounter:
+    """Counts graph compilations inside training steps, and host reads between log lines.
+
+    A host read is a transfer from a device, or an ``.item()`` (``_local_scalar_dense``): both stall the device.
+    """
+
+    training_compilations: int = 0
+    host_reads: int = 0
+    _compilations_before: int = 0
+    _reads_before: int = 0
+
+    def enter_step(self) -> None:
+        self._compilations_before = _samples("CompileTime")
+        self._reads_before = _host_reads()
+
+    def leave_step(self) -> None:
+        self.training_compilations += _samples("CompileTime") - self._compilations_before
+        self.host_reads += _host_reads() - self._reads_before
+
+
+def _samples(metric: str) -> int:
+    data = xla_metrics.metric_data(metric)
+    return int(data[0]) if data else 0
+
+
+def _host_reads() -> int:
+    return _samples("TransferFromDeviceTime") + int(xla_metrics.counter_value("aten::_local_scalar_dense") or 0)
