@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
-from numina_finetune import launch
-from numina_finetune.config import RunConfig, SourceConfig, flag, load_yaml
+from numina_finetune import __version__, launch
+from numina_finetune.config import RunConfig, flag, load_yaml
 from numina_finetune.data.dataset import parse_source_name
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 
@@ -38,7 +39,7 @@ class _DefaultCommandGroup(TyperGroup):
     """``numina-finetune --dataset-name …`` means ``numina-finetune train --dataset-name …``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+        if not args or args[0] not in (*self.commands, "--help", "-h", "--version"):
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
@@ -49,8 +50,14 @@ app = typer.Typer(
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     # Hugging Face users type --max_steps as often as --max-steps.
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]},
-    help="Fine-tune language models for mathematics on TPUs, GPUs and CPUs. Without a command: train.",
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+    help=(
+        "Fine-tune language models for mathematics on TPUs, GPUs and CPUs. "
+        "Without a command: train, whose options `numina-finetune train --help` lists."
+    ),
 )
 
 
@@ -70,6 +77,9 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"numina-finetune: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
+    except TyperException as error:  # an option that does not exist, or a value of the wrong type
+        print(f"numina-finetune: {error.format_message()} (see --help)", file=sys.stderr, flush=True)
+        return int(ExitCode.CONFIGURATION)
     except KeyboardInterrupt:
         return int(ExitCode.STOPPED)
     except typer.Exit as stop:
@@ -78,7 +88,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _train(config: str | None, **given: Any) -> int:
     """Fine-tune a model; the same command again resumes."""
-    run_config = resolve_config(config, given)
+    faults: list[str] = []
+    run_config = resolve_config(config, given, faults)
     name, reason = launch.choose_backend(run_config)
     launch.prepare_environment(name)
 
@@ -86,7 +97,12 @@ def _train(config: str | None, **given: Any) -> int:
     from numina_finetune.train.run import check, train
 
     with StopNotice() as notice:
-        check(run_config, name)
+        try:
+            check(run_config, name)
+        except ConfigError as error:
+            raise ConfigError([*faults, *error.problems]) from error
+        if faults:
+            raise ConfigError(faults)
         print(f"backend {name} ({reason})", flush=True)
         return int(train(run_config, _backend_factory(name), notice))
 
@@ -102,6 +118,21 @@ def _backend_factory(name: str) -> Callable[[RunConfig], Any]:
     return NativeBackend
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"numina-finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("quickstart-run"),
@@ -113,17 +144,19 @@ def quickstart(
     return run_quickstart(output_dir)
 
 
-def resolve_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
+def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[str]) -> RunConfig:
     """The YAML's values, overridden by the options that were given.
 
+    Args:
+        faults: takes the contradictions that the result cannot show, so that they are told with all others.
+
     Raises:
-        ConfigError: every fault in either.
+        ConfigError: unknown names, or values of the wrong type.
     """
     mapping = load_yaml(yaml_path) if yaml_path else {}
     source_options = {name: given.pop(name) for name in _SOURCE_OPTIONS}
     bf16 = given.pop("bf16")
     mapping |= {name: value for name, value in given.items() if value is not None}
-    faults: list[str] = []
     if bf16 is not None:
         wanted = "bf16" if bf16 else "fp32"
         if mapping.get("precision", wanted) != wanted:
@@ -135,12 +168,9 @@ def resolve_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
     if sources:
         mapping["datasets"] = sources
     try:
-        config = RunConfig.from_mapping(mapping, yaml_path or "the command line")
+        return RunConfig.from_mapping(mapping, yaml_path or "the command line")
     except ConfigError as error:
         raise ConfigError([*faults, *error.problems]) from error
-    if faults:
-        raise ConfigError([*faults, *config.faults()])
-    return config
 
 
 def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[dict[str, Any]]:

@@ -39,9 +39,9 @@ ALIASES = {
 """Names that users type from memory, and the hub's own."""
 
 
-def option(default: Any, help: str, group: str) -> Any:
-    """A field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "group": group})
+def option(default: Any, help: str, group: str, *, identity: bool = True) -> Any:
+    """A field that is also a command-line option; two lives of one run may differ where ``identity`` is false."""
+    return field(default=default, metadata={"help": help, "group": group, "identity": identity})
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class RunConfig:
     )
     # Data
     datasets: tuple[SourceConfig, ...] = ()
-    eval_dataset_name: str | None = option(None, "Dataset of the evaluation loss; takes name[split].", "Data")
-    eval_split: str = option("test", "Split of --eval-dataset-name.", "Data")
+    eval_dataset_name: str | None = option(
+        None, "Dataset of the evaluation loss; takes name[split].", "Data", identity=False
+    )
+    eval_split: str = option("test", "Split of --eval-dataset-name.", "Data", identity=False)
     validation_size: float = option(
         0.0, "Held-out part of the training rows for the evaluation loss: a share below 1, else a count.", "Data"
     )
@@ -89,12 +91,14 @@ class RunConfig:
     max_seq_length: int = option(1024, "Tokens in a row of the batch; one fixed shape for the whole run.", "Data")
     overlong: str = option("drop", "Samples longer than --max-seq-length: drop (and count) or truncate.", "Data")
     packing: bool = option(True, "Several samples in one row, attention kept apart.", "Data")
-    cache_dir: str | None = option(None, "Where tokenised data is cached, by content.", "Data")
+    cache_dir: str | None = option(None, "Where tokenised data is cached, by content.", "Data", identity=False)
     # Optimisation
-    per_device_train_batch_size: int = option(8, "Rows a device takes in one micro-batch.", "Optimisation")
-    gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", "Optimisation")
+    per_device_train_batch_size: int = option(
+        8, "Rows a device takes in one micro-batch.", "Optimisation", identity=False
+    )
+    gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", "Optimisation", identity=False)
     global_batch_size: int | None = option(
-        None, "Rows in one optimizer step; accumulation follows from it and the mesh.", "Optimisation"
+        None, "Rows in one optimizer step; accumulation follows from it and the mesh.", "Optimisation", identity=False
     )
     learning_rate: float = option(2e-5, "Peak learning rate.", "Optimisation")
     lr_scheduler_type: str = option("cosine", "cosine, linear or constant, after the warm-up.", "Optimisation")
@@ -108,24 +112,40 @@ class RunConfig:
     num_train_epochs: float = option(1.0, "Passes over the data, where --max-steps is not given.", "Optimisation")
     max_steps: int = option(-1, "Optimizer steps in all; overrides --num-train-epochs.", "Optimisation")
     seed: int = option(42, "Seed of data order and random weights.", "Optimisation")
-    gradient_checkpointing: bool = option(True, "Recompute each layer in the backward pass.", "Optimisation")
+    gradient_checkpointing: bool = option(
+        True, "Recompute each layer in the backward pass.", "Optimisation", identity=False
+    )
     # Devices
-    backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices")
+    backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices", identity=False)
     mesh: str | None = option(
-        None, 'Devices along each axis, such as "fsdp=4,tensor=2"; one axis may be -1. All on fsdp if unset.', "Devices"
+        None,
+        'Devices along each axis, such as "fsdp=4,tensor=2"; one axis may be -1. All on fsdp if unset.',
+        "Devices",
+        identity=False,
     )
     # Output
-    output_dir: str = option("", "Folder that holds this run's own folder.", "Output")
-    run_id: str | None = option(None, "Name of the run; a hash of what makes it this run if unset.", "Output")
-    save_steps: int = option(500, "Optimizer steps between checkpoints; 0 = only at the end or on a signal.", "Output")
-    save_total_limit: int = option(3, "Committed checkpoints kept.", "Output")
-    resume_from_checkpoint: str = option(
-        "auto", "auto (newest committed), none (start anew; refused if there is one), or a step number.", "Output"
+    output_dir: str = option("", "Folder that holds this run's own folder.", "Output", identity=False)
+    run_id: str | None = option(
+        None, "Name of the run; a hash of what makes it this run if unset.", "Output", identity=False
     )
-    eval_steps: int = option(0, "Optimizer steps between evaluations of the loss; 0 = only at the end.", "Output")
-    logging_steps: int = option(10, "Optimizer steps between log lines.", "Output")
-    report_to: str = option("none", "Trackers, comma-separated: wandb, tensorboard, none.", "Output")
-    dry_run: bool = option(False, "Check everything, prepare the data, say what would run, and stop.", "Output")
+    save_steps: int = option(
+        500, "Optimizer steps between checkpoints; 0 = only at the end or on a signal.", "Output", identity=False
+    )
+    save_total_limit: int = option(3, "Committed checkpoints kept.", "Output", identity=False)
+    resume_from_checkpoint: str = option(
+        "auto",
+        "auto (newest committed), none (start anew; refused if there is one), or a step number.",
+        "Output",
+        identity=False,
+    )
+    eval_steps: int = option(
+        0, "Optimizer steps between evaluations of the loss; 0 = only at the end.", "Output", identity=False
+    )
+    logging_steps: int = option(10, "Optimizer steps between log lines.", "Output", identity=False)
+    report_to: str = option("none", "Trackers, comma-separated: wandb, tensorboard, none.", "Output", identity=False)
+    dry_run: bool = option(
+        False, "Check everything, prepare the data, say what would run, and stop.", "Output", identity=False
+    )
 
     # --- derived ---------------------------------------------------------------------------------------------------
 
@@ -151,12 +171,7 @@ class RunConfig:
         Logging, saving, mesh and paths are not part of it. The batch enters as it was asked for, so that the same
         command on another mesh finds its run again (and keeps the global batch that the run began with).
         """
-        names = (
-            "model_name model_revision tokenizer_name precision validation_size system_prompt gsm8k_style "
-            "max_seq_length overlong packing learning_rate lr_scheduler_type warmup_ratio optim weight_decay "
-            "adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps seed"
-        ).split()
-        identity = {name: getattr(self, name) for name in names}
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         identity["datasets"] = [dataclasses.asdict(source) for source in self.datasets]
         if self.global_batch_size is not None:
             identity["global_batch_size"] = self.global_batch_size
@@ -239,7 +254,7 @@ class RunConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} is out of range: use 0 up to, but not, 1")
-        if self.adam_epsilon <= 0:
+        if not self.adam_epsilon > 0:
             faults.append(f"--adam-epsilon {self.adam_epsilon} is too small: use more than 0, such as 1e-8")
         if self.max_steps < 1 and self.max_steps != -1:
             faults.append(f"--max-steps {self.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
@@ -295,7 +310,11 @@ class RunConfig:
         faults: list[str] = []
         values = _typed(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
         sources = []
-        for position, entry in enumerate(mapping.get("datasets") or ()):
+        entries = mapping.get("datasets") or []
+        if not isinstance(entries, list | tuple):
+            faults.append(f"{where}: datasets is {entries!r}: it needs a list, one entry for each dataset")
+            entries = []
+        for position, entry in enumerate(entries):
             place = f"{where}, datasets[{position}]"
             entry = {"name": entry} if isinstance(entry, str) else entry
             if not isinstance(entry, Mapping) or "name" not in entry:
@@ -322,6 +341,8 @@ def load_yaml(path: str) -> dict[str, Any]:
         mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not text in UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(mapping, dict):
@@ -349,7 +370,7 @@ def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str])
             continue
         try:
             values[name] = _convert(str(known[name].type), value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             faults.append(f"{where}: {name} is {value!r}: it needs {known[name].type}")
     return values
 

@@ -7,11 +7,10 @@ torch_xla is installed, and only ``USE_TORCH_XLA=false`` in the environment at i
 from __future__ import annotations
 
 import ctypes
-import glob
 import importlib.util
 import os
 import signal
-import sys
+from pathlib import Path
 
 from numina_finetune.config import RunConfig
 
@@ -58,7 +57,8 @@ def choose_backend(config: RunConfig) -> tuple[str, str]:
 
 def tpu_attached() -> bool:
     """Whether this host has TPU chips and the library to drive them."""
-    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and bool(importlib.util.find_spec("libtpu"))
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def prepare_environment(backend: str) -> None:
@@ -92,9 +92,9 @@ def faults(backend: str) -> list[str]:
         )
     if backend == "xla" and importlib.util.find_spec("torch_xla") is None:
         found.append("--backend xla needs torch_xla, which is not installed: install it, or use --backend native")
-    if backend == "native" and ("accelerate" in sys.modules) and os.environ.get("USE_TORCH_XLA") != "false":
-        found.append("accelerate was imported before the backend was chosen: set USE_TORCH_XLA=false first")
     wish = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wish not in ("no", "bf16"):
-        found.append(f"Accelerate's configuration asks for mixed_precision {wish}: set it to 'no' and use --precision bf16")
+        found.append(
+            f"Accelerate's configuration asks for mixed_precision {wish}: set it to 'no' and use --precision bf16"
+        )
     return found

@@ -59,7 +59,9 @@ def parse_mesh(text: str | None, devices: int, *, default_axis: str = "fsdp") ->
         elif axis in sizes:
             faults.append(f"--mesh {text!r}: axis {axis} is given twice: keep one")
         elif not _is_size(size):
-            faults.append(f"--mesh {text!r}: {axis}={size or '(nothing)'} is not a size: use 1 or more, or -1 for the rest")
+            faults.append(
+                f"--mesh {text!r}: {axis}={size or '(nothing)'} is not a size: use 1 or more, or -1 for the rest"
+            )
         else:
             sizes[axis] = int(size)
     if not faults:

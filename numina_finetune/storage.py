@@ -17,11 +17,11 @@ def write_text(path: Path, text: str) -> None:
     """Write ``path`` so that a reader sees the old content or all of the new, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     sync_folder(path.parent)
 
 
@@ -44,17 +44,17 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file's content durable."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def crc32c(path: Path) -> str:
     """CRC-32C of a file's content, eight hexadecimal digits: the checksum that Cloud Storage keeps."""
     checksum = google_crc32c.Checksum()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             checksum.update(chunk)
-    return checksum.digest().hex()
+    return bytes(checksum.digest()).hex()
 
 
 def remove_folder(folder: Path) -> None:

@@ -30,7 +30,9 @@ def install() -> None:
     """Make or update ``.venv``; nothing to do where it already matches the pinned versions."""
     if sys.version_info[:2] != (3, 11):
         sys.exit(f"Python 3.11 is needed, this is {sys.version.split()[0]}: run python3.11 {sys.argv[0]}")
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()).hexdigest()
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    ).hexdigest()
     if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == wanted:
         return
     if not PYTHON.is_file():

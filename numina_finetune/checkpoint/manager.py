@@ -41,7 +41,9 @@ class Checkpoint:
 def committed(run: Path) -> list[Checkpoint]:
     """The run's committed checkpoints, newest first (by step, then by attempt)."""
     found = [
-        Checkpoint(int(marker.parts[-3].removeprefix("step-")), int(marker.parts[-2].removeprefix("attempt-")), marker.parent)
+        Checkpoint(
+            int(marker.parts[-3].removeprefix("step-")), int(marker.parts[-2].removeprefix("attempt-")), marker.parent
+        )
         for marker in (run / CHECKPOINTS).glob(f"step-*/attempt-*/{COMMITTED}")
     ]
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt), reverse=True)
@@ -77,7 +79,9 @@ def newest_sound(run: Path, wanted_step: int | None = None) -> Checkpoint | None
         faults = faults_of(checkpoint)
         if not faults:
             return checkpoint
-        logger.warning("checkpoint of step %d is damaged, falling back to the one before: %s", checkpoint.step, faults[0])
+        logger.warning(
+            "checkpoint of step %d is damaged, falling back to the one before: %s", checkpoint.step, faults[0]
+        )
         damage += faults
     if damage:
         raise CheckpointError([*damage, f"no sound checkpoint is left in {run}: move that folder away to start anew"])

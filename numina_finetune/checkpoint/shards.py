@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def save_shards(state: dict[str, Any], folder: Path, planner: SavePlanner | None = None) -> None:
     """Write each shard once; with several processes, each writes its own. Collective."""
     with _quiet():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=not dist.is_initialized())
+        save(state, storage_writer=FileSystemWriter(folder), planner=planner, no_dist=not dist.is_initialized())
 
 
 def load_shards(
@@ -29,7 +31,7 @@ def load_shards(
     """
     no_dist = not dist.is_initialized() if alone is None else alone
     with _quiet():
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=no_dist)
+        load(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=no_dist)
 
 
 @contextmanager

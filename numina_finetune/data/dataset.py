@@ -262,13 +262,17 @@ def load_rows(source: SourceConfig, cache_dir: Path | None = None) -> Dataset:
 
 
 def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset:
-    from datasets import DownloadMode, load_dataset
+    from datasets import DownloadMode, VerificationMode, load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     if _kind(source.name) != "hub":
-        # datasets recognises a local file by its time stamp, which a changed file may share
-        pass
+        # datasets recognises a local file by its time stamp, which a changed file may share; it is read anew each
+        # time, and not compared with the number of rows that it had
+        arguments |= {
+            "download_mode": DownloadMode.FORCE_REDOWNLOAD,
+            "verification_mode": VerificationMode.NO_CHECKS,
+        }
     try:
         rows: Dataset = load_dataset(**arguments)
     except DatasetNotFoundError as error:

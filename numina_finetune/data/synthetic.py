@@ -113,7 +113,7 @@ def _problem(rng: random.Random, split: str) -> dict[str, str]:
     operations = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     steps = _steps(rng, split, operations)
     name, friend = rng.sample(sorted(PEOPLE), 2)
-    words = {"name": name, "friend": friend, "pronoun": PEOPLE[name], "item": rng.choice(ITEMS), "a": steps[0][0]}
+    words: dict[str, str | int] = {"name": name, "friend": friend, "pronoun": PEOPLE[name], "item": rng.choice(ITEMS), "a": steps[0][0]}
     results = [OPERATIONS[operation](*step) for operation, step in zip(operations, steps, strict=True)]
     solution = [
         f"{left}{operation}{right} = <<{left}{operation}{right}={result}>>{result} {words['item']}"

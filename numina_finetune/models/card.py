@@ -18,7 +18,9 @@ def model_card(config: RunConfig, *, run_id: str, steps: int, tokens: int, data:
         tokens: real tokens trained on.
         data: the data report of :mod:`numina_finetune.data.dataset`.
     """
-    hub_names = [source.name for source in config.datasets if "/" in source.name and not source.name.startswith((".", "/"))]
+    hub_names = [
+        source.name for source in config.datasets if "/" in source.name and not source.name.startswith((".", "/"))
+    ]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["math", "sft"]}
     if "/" in config.model_name and not config.model_name.startswith((".", "/")):
         front["base_model"] = config.model_name

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -80,7 +80,7 @@ def _write_weights(state: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _shapes(state: Path) -> Mapping[str, TensorStorageMetadata]:
-    metadata = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(state).read_metadata().state_dict_metadata
     return {
         key.removeprefix(_MODEL): meta
         for key, meta in sorted(metadata.items())

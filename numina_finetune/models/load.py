@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from numina_finetune.config import ALIASES, RunConfig
@@ -134,9 +140,7 @@ def _faults(config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTra
         )
     longest = getattr(model_config, "max_position_embeddings", None)
     if longest is not None and config.max_seq_length > longest:
-        faults.append(
-            f"--max-seq-length {config.max_seq_length} is more than {name} can take: use {longest} or less"
-        )
+        faults.append(f"--max-seq-length {config.max_seq_length} is more than {name} can take: use {longest} or less")
     vocabulary = getattr(model_config, "vocab_size", None)
     if vocabulary is not None and len(tokenizer) > vocabulary:
         faults.append(

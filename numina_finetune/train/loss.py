@@ -52,7 +52,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
     """
     batch, length, _ = hidden.shape
     chunk = max(1, min(length, CHUNK_ELEMENTS // (batch * weight.shape[0])))
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -65,9 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
         vocabulary = torch.arange(weight.shape[0], device=hidden.device, dtype=labels.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -96,4 +94,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         (scale,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * scale.to(hidden_gradient.dtype), (weight_gradient * scale).to(ctx.weight_dtype), None, None
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            (weight_gradient * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )

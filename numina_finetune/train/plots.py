@@ -73,8 +73,9 @@ def plot_loss(metrics_path: Path, png_path: Path, *, title: str, marks: Sequence
         axes.plot(life.steps, life.losses, color=f"C{index % 10}", alpha=0.35, linewidth=0.8, label=label)
     axes.plot(steps, smooth(losses), color="black", linewidth=1.6, label="smoothed")
     for index, mark in enumerate(marks):
-        label = "preempted" if index == 0 else None
-        axes.axvline(mark, color="crimson", linestyle="--", linewidth=1.2, label=label)
+        axes.axvline(
+            mark, color="crimson", linestyle="--", linewidth=1.2, label="preempted" if index == 0 else None
+        )
     axes.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
     axes.set_xlim(0, int(steps[-1]))
     axes.grid(visible=True, which="both", alpha=0.25)
@@ -85,12 +86,13 @@ def plot_loss(metrics_path: Path, png_path: Path, *, title: str, marks: Sequence
 
 
 def smooth(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred mean over a window that shrinks at the ends and skips non-finite values; ``[steps] -> [steps]``."""
-    half = max(1, round(SMOOTHED_SHARE * len(losses)))
+    """Centred mean that skips non-finite values; the window narrows towards both ends. ``[steps] -> [steps]``."""
+    count = len(losses)
+    position = np.arange(count)
+    half = np.minimum(max(1, round(SMOOTHED_SHARE * count)), np.minimum(position, count - 1 - position))
     finite = np.isfinite(losses)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    position = np.arange(len(losses))
-    low, high = np.maximum(position - half, 0), np.minimum(position + half + 1, len(losses))
-    count = counts[high] - counts[low]
-    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+    numbers = np.concatenate([[0], np.cumsum(finite)])
+    low, high = position - half, position + half + 1
+    present = numbers[high] - numbers[low]
+    return np.where(present > 0, (sums[high] - sums[low]) / np.maximum(present, 1), np.nan)

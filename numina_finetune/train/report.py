@@ -35,7 +35,11 @@ class Report:
         if active:
             _keep_records_up_to(self._path, step)
         self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not (active and sys.stderr.isatty())
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (active and sys.stderr.isatty()),
         )
 
     def advance(self) -> None:
@@ -53,7 +57,7 @@ class Report:
             records.append(_record(self._step, metric, learning_rate, rate, self._life))
         if not self._active:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         for record in records:
             numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
@@ -64,7 +68,7 @@ class Report:
         """Record the evaluation loss after ``step``."""
         record = {"step": step, "eval_loss": loss, "eval_tokens": tokens, "life": self._life}
         if self._active:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self._accelerator.log({"eval_loss": loss}, step=step)
             self._say(f"step {step}/{self._total}  evaluation loss {loss:.4f} over {tokens} tokens")

@@ -20,8 +20,15 @@ from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.checkpoint.state import STATE_FOLDER, attach
 from numina_finetune.config import RunConfig
-from numina_finetune.data.dataset import IndexOptions, TokenIndex, build_index, evaluation_source, preflight
-from numina_finetune.data.dataset import split_validation, tokenizer_hash
+from numina_finetune.data.dataset import (
+    IndexOptions,
+    TokenIndex,
+    build_index,
+    evaluation_source,
+    preflight,
+    split_validation,
+    tokenizer_hash,
+)
 from numina_finetune.data.loader import Loader
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
@@ -32,8 +39,15 @@ from numina_finetune.models.load import load_config, load_model, load_tokenizer,
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
-from numina_finetune.train.record import MODEL, identity_faults, read_record, resume_faults, run_folder
-from numina_finetune.train.record import versions, write_record
+from numina_finetune.train.record import (
+    MODEL,
+    identity_faults,
+    read_record,
+    resume_faults,
+    run_folder,
+    versions,
+    write_record,
+)
 from numina_finetune.train.report import Report
 from numina_finetune.train.trainer import Plan, Trainer
 
@@ -108,8 +122,13 @@ def _live(
 
     backend.place(load_model(config, tokenizer, weights=checkpoint is None), config)
     attach(backend, progress)
-    facts = {"mesh": backend.mesh_shape.by_axis, "backend": backend.name, "versions": versions()}
-    facts |= {"data_key": data.index.data_key, "global_batch_size": plan.batch.global_batch}
+    facts = {
+        "mesh": backend.mesh_shape.by_axis,
+        "backend": backend.name,
+        "data_key": data.index.data_key,
+        "global_batch_size": plan.batch.global_batch,
+        "versions": versions(),
+    }
     checkpoints = CheckpointManager(run, attempt.number, backend, keep=config.save_total_limit, facts=facts)
     if checkpoint is not None:
         checkpoints.load(checkpoint)
@@ -241,7 +260,9 @@ def _export(
             config=model_config,
             tokenizer=tokenizer,
             generation=_generation_config(config, model_config),
-            card=model_card(config, run_id=run.name, steps=progress.step, tokens=progress.tokens, data=data.index.report),
+            card=model_card(
+                config, run_id=run.name, steps=progress.step, tokens=progress.tokens, data=data.index.report
+            ),
             dtype=EXPORT_DTYPES[config.precision],
         )
         _say(backend, f"done: {progress.step} steps, {progress.tokens} tokens; the model is in {run / MODEL}")

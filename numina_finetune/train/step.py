@@ -64,9 +64,8 @@ def optimizer_step(
 
 def _backward(module: Callable[..., torch.Tensor], batch: DeviceBatch, scale: torch.Tensor) -> torch.Tensor:
     loss = module(**batch)
-    (loss * scale).backward()
+    torch.autograd.backward(loss * scale)
     return loss.detach()
-
 
 
 def _count(masks: Iterable[torch.Tensor]) -> torch.Tensor:

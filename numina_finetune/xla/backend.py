@@ -53,7 +53,8 @@ class XlaBackend:
         self.replicas_per_process = self.data_parallel_size // self.process_count
         self.device = torch_xla.device()
         self.device_description = (
-            f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, {self.process_count} process(es)"
+            f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, "
+            f"{self.process_count} process(es)"
         )
         self.accelerator = Accelerator(mixed_precision="no", log_with=config.trackers or None, rng_types=[])
         self._traffic = TrafficCounter()
@@ -132,4 +133,3 @@ class XlaBackend:
 
     def _state(self) -> dict[str, Any]:
         return named_state(self._parameters, self._optimizer)
-

@@ -33,7 +33,7 @@ class _SavePlanner(SPMDSavePlanner):  # type: ignore[misc]
     """
 
     def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
+        plan: SavePlan = super().create_local_plan()
         # The first of equal (name, offset) is kept: items of tensors that are not sharded have no twin.
         once = {(item.index.fqn, item.index.offset): item for item in reversed(plan.items)}
         return dataclasses.replace(plan, items=list(reversed(once.values())))

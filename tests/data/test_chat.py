@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -147,6 +148,8 @@ def test_odd_beginnings_keep_the_prompt_tokens_of_inference(qwen3, content):
     rendered = render({"messages": messages}, qwen3)
     assert rendered.input_ids[: len(prompt)] == prompt
     assert rendered.loss_mask.index(True) == len(prompt)
+    theirs = qwen3.apply_chat_template(messages, tokenize=False)
+    assert qwen3.decode(rendered.input_ids) == unicodedata.normalize("NFC", theirs)
 
 
 def test_generation_prompt_is_the_templates_with_thinking_off(qwen3):

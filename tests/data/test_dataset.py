@@ -70,6 +70,14 @@ def test_changed_file_of_the_same_size_and_time_is_read_anew(gsm8k, tiny, tmp_pa
     assert changed.sample(0)[0].tolist() == changed.sample(1)[0].tolist()
 
 
+def test_loading_a_changed_file_of_the_same_time_gives_its_new_rows(gsm8k, tmp_path, write_jsonl):
+    load_rows(gsm8k, tmp_path / "arrow")
+    stat = (tmp_path / "gsm8k.jsonl").stat()
+    path = write_jsonl("gsm8k.jsonl", ROWS[:7])
+    module.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_rows(gsm8k, tmp_path / "arrow").to_list() == ROWS[:7]
+
+
 def test_data_key_names_the_tokens_wherever_they_come_from(gsm8k, tiny, tmp_path, write_jsonl):
     elsewhere = SourceConfig(str(write_jsonl("other/copy.jsonl", ROWS)), format="gsm8k")
     one = build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")

@@ -46,7 +46,7 @@ def test_every_annotation_is_right_and_the_last_one_is_the_answer(
         *solution, last = row["answer"].split("\n")
         assert all(STEP.match(line) for line in solution), row
         steps = steps_of([row])
-        assert all(eval(f"{a}{op}{b}") == c for a, op, b, c in steps)  # noqa: S307
+        assert all(eval(f"{a}{op}{b}") == c for a, op, b, c in steps)
         assert last == f"#### {steps[-1][3]}"
 
 

@@ -40,7 +40,12 @@ def model() -> PreTrainedModel:
 def reference(model: PreTrainedModel, prompt: list[int], new: int, eos: list[int] | None) -> list[int]:
     ids = torch.tensor([prompt])
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, eos_token_id=eos, pad_token_id=PAD
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=eos,
+        pad_token_id=PAD,
     )
     return output[0, len(prompt) :].tolist()
 
@@ -60,9 +65,7 @@ def test_a_row_stops_at_any_end_token_and_the_others_go_on(model: PreTrainedMode
     assert len({len(row) for row in ours}) > 1
 
 
-def test_decoding_stops_early_once_every_row_has_ended(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_stops_early_once_every_row_has_ended(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     first = reference(model, PROMPTS[0], 1, None)
     calls = []
     forward = type(model).forward
@@ -96,7 +99,12 @@ def test_a_model_that_knows_nothing_scores_nothing() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(TINY_TOKENIZER))
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     report = exact_match(
         Qwen3ForCausalLM(config),

@@ -1,0 +1,102 @@
+"""Shared by all tests: the test data, where it is there, and training runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "--model-name tiny-qwen3 --dataset-name synthetic-gsm8k[test] --format gsm8k --max-seq-length 128 "
+    "--per-device-train-batch-size 1 --precision fp32 --learning-rate 1e-3 --warmup-ratio 0"
+).split()
+"""A run that takes seconds: the embedded default, cut small."""
+
+
+def test_data() -> Path:
+    """The folder of real test data; skips the test where it is absent."""
+    folder = Path(os.environ.get("NUMINA_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip("the test data is not here: set NUMINA_TEST_DATA to its folder")
+    return folder
+
+
+def environment(*, devices: int | None = None, **extra: str) -> dict[str, str]:
+    """A clean environment for a training process: XLA with so many virtual CPU devices, or native."""
+    dropped = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "USE_TORCH_XLA", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    if devices is not None:
+        env |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+    return env | extra
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training process and the folder it wrote."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The one run's own folder."""
+        (record,) = self.folder.glob("*/run.yaml")
+        return record.parent
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.metrics if "loss" in record]
+
+    def outcome(self, attempt: int = 1) -> dict[str, Any]:
+        return json.loads((self.run / "attempts" / str(attempt) / "outcome.json").read_text(encoding="utf-8"))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Committed checkpoints, oldest first."""
+        return sorted(marker.parent for marker in self.run.glob("checkpoints/*/*/COMMITTED"))
+
+
+def command(folder: Path, *arguments: str, cache: Path | None = None) -> list[str]:
+    """The training command of a tiny run into ``folder``; later options win over the tiny ones."""
+    cached = cache or folder.parent / "cache"
+    return [
+        sys.executable,
+        "-m",
+        "numina_finetune",
+        *TINY,
+        "--output-dir",
+        str(folder),
+        "--cache-dir",
+        str(cached),
+        *arguments,
+    ]
+
+
+def train(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> Run:
+    """Run the command line in a process of its own and wait for it."""
+    result = subprocess.run(
+        command(folder, *arguments),
+        env=dict(env or environment(devices=4)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Run(result.returncode, result.stdout, folder)

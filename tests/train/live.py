@@ -1,0 +1,140 @@
+"""A backend at work in a process of its own, for tests that need the live model: ``python -m tests.train.live``.
+
+Prints one JSON object. The backend is chosen by the environment, as a user's would be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from numina_finetune import launch
+from numina_finetune.config import RunConfig
+
+
+def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
+    mapping = dict(option.split("=", 1) for option in options)
+    config = RunConfig.from_mapping(
+        {"model_name": "tiny-qwen3", "max_seq_length": 64, "precision": mapping.pop("precision", "fp32"), **mapping}
+    )
+    name, _ = launch.choose_backend(config)
+    launch.prepare_environment(name)
+    return {"export": export, "nonfinite": nonfinite, "uneven": uneven}[task](config, name, folder)
+
+
+def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Train two steps, export, and compare the live model's logits with the exported one's."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from numina_finetune.models.export import export_model
+    from numina_finetune.models.load import load_config, load_model, load_tokenizer
+    from numina_finetune.models.precision import EXPORT_DTYPES
+
+    backend, tokenizer = _backend(config, name), load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    start = hashlib.sha256(model.model.embed_tokens.weight.detach().float().numpy().tobytes()).hexdigest()
+    backend.place(model, config)
+    for seed in range(2):
+        backend.step([backend.put_batch(_rows(seed, 4))], 1e-2)
+    backend.save(folder / "state")
+    export_model(
+        folder / "state",
+        folder / "model",
+        config=load_config(config, tokenizer),
+        tokenizer=tokenizer,
+        generation=GenerationConfig(),
+        card="",
+        dtype=EXPORT_DTYPES[config.precision],
+    )
+    batch = _rows(9, 4)
+    with torch.no_grad():
+        model.eval()
+        device = {key: value for key, value in backend.put_batch(batch).items() if key != "labels"}
+        live = model(**device).logits.float().cpu()
+        opened = AutoModelForCausalLM.from_pretrained(folder / "model")
+        ids = torch.from_numpy(batch.input_ids).long()
+        exported = opened(input_ids=ids).logits.float()
+    end = hashlib.sha256(opened.model.embed_tokens.weight.detach().float().numpy().tobytes()).hexdigest()
+    return {
+        "largest_difference": (live - exported).abs().max().item(),
+        "scale": live.abs().max().item(),
+        "trained": start != end,
+        "dtype": str(opened.dtype),
+    }
+
+
+def nonfinite(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """A step whose loss is not a number, and the weights and moments before and after it."""
+    import torch
+
+    from numina_finetune.models.load import load_model, load_tokenizer
+
+    class Poisoned(torch.nn.Module):
+        def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+            return sound(**batch) * float("nan")
+
+    backend: Any = _backend(config, name)
+    backend.place(load_model(config, load_tokenizer(config)), config)
+    first = backend.step([backend.put_batch(_rows(0, 4))], 1e-2)
+    before = _digest(backend)
+    sound, backend._module = backend._module, Poisoned()
+    skipped = backend.step([backend.put_batch(_rows(1, 4))], 1e-2)
+    after = _digest(backend)
+    backend._module = sound
+    last = backend.step([backend.put_batch(_rows(1, 4))], 1e-2)
+    metrics = backend.read([first, skipped, last])
+    return {"applied": [m.applied for m in metrics], "unchanged": before == after, "moved": _digest(backend) != after}
+
+
+def uneven(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """One step over eight rows as one batch, and as four micro-batches with very different numbers of labels."""
+    import numpy as np
+
+    from numina_finetune.models.load import load_model, load_tokenizer
+
+    backend = _backend(config, name)
+    rows = _rows(3, 16)
+    rows.labels[4:8] = -100
+    rows.labels[8:12, 5:] = -100
+    metrics = []
+    for pieces in (1, 4):
+        backend.place(load_model(config, load_tokenizer(config)), config)
+        parts = zip(*(np.split(array, pieces) for array in rows), strict=True)
+        metrics.append(backend.step([backend.put_batch(type(rows)(*part)) for part in parts], 1e-2))
+    whole, cut = backend.read(metrics)
+    return {"whole": [whole.loss, whole.grad_norm, whole.supervised], "cut": [cut.loss, cut.grad_norm, cut.supervised]}
+
+
+def _backend(config: RunConfig, name: str) -> Any:
+    from numina_finetune.cli import _backend_factory
+
+    return _backend_factory(name)(config)
+
+
+def _rows(seed: int, count: int) -> Any:
+    import numpy as np
+
+    from numina_finetune.data.loader import Batch
+
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(5, 200, (count, 64), dtype=np.int32)
+    labels = np.concatenate([ids[:, 1:], np.full((count, 1), -100, np.int32)], axis=1)
+    position = np.tile(np.arange(64, dtype=np.int32), (count, 1))
+    return Batch(ids, labels, np.ones_like(ids), position)
+
+
+def _digest(backend: Any) -> str:
+    digest = hashlib.sha256()
+    for part in backend._state().values():
+        for value in part.values():
+            for tensor in value.values() if isinstance(value, dict) else [value]:
+                digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))
