@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
 from numina_finetune.config import RunConfig, flag, load_yaml
-from numina_finetune.data.dataset import parse_source_name
+from numina_finetune.data.sources import parse_source_name
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 
 DEFAULT_COMMAND = "train"
@@ -64,7 +64,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the console script, of ``python -m numina_finetune``, and of the launchers' scripts."""
     launch.stop_with_launcher()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("numina_finetune").setLevel(logging.INFO)
     sys.exit(run_command(sys.argv[1:]))
 
@@ -100,9 +100,9 @@ def _train(config: str | None, **given: Any) -> int:
         try:
             check(run_config, name)
         except ConfigError as error:
-            raise ConfigError([*faults, *error.problems]) from error
+            faults += error.problems
         if faults:
-            raise ConfigError(faults)
+            raise ConfigError(dict.fromkeys(faults))  # the same dataset twice is the same fault once
         print(f"backend {name} ({reason})", flush=True)
         return int(train(run_config, _backend_factory(name), notice))
 
@@ -227,7 +227,8 @@ def _parameter(name: str, kind: type, text: str, group: str, *, repeated: bool =
     """An option that is None unless given, so that a YAML value is only overridden on purpose."""
     spelling = flag(name)
     spellings = f"{spelling}/--no-{spelling.removeprefix('--')}" if kind is bool else spelling
-    option = typer.Option(spellings, help=text, rich_help_panel=group, show_default=False)
+    shown = text.replace("[", r"\[")  # square brackets are markup to Typer's help
+    option = typer.Option(spellings, help=shown, rich_help_panel=group, show_default=False)
     annotation: Any = list[kind] | None if repeated else kind | None  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]

@@ -224,7 +224,7 @@ class RunConfig:
             for name in self.report_to.split(",")
             if name and name not in TRACKERS
         ]
-        if self.resume_from_checkpoint not in ("auto", "none") and not self.resume_from_checkpoint.isdigit():
+        if self.resume_from_checkpoint not in ("auto", "none") and not self.resume_from_checkpoint.isdecimal():
             faults.append(
                 f"--resume-from-checkpoint {self.resume_from_checkpoint!r} is unknown: use auto, none or a step number"
             )
@@ -243,6 +243,7 @@ class RunConfig:
             "max_grad_norm": 0,
             "learning_rate": 0,
             "validation_size": 0,
+            "seed": 0,
         }
         faults = [
             f"{flag(name)} {getattr(self, name)} is too small: use {bound:g} or more"

@@ -72,7 +72,7 @@ def parse_mesh(text: str | None, devices: int, *, default_axis: str = "fsdp") ->
 
 
 def _is_size(text: str) -> bool:
-    return text == "-1" or (text.isdigit() and int(text) > 0)
+    return text == "-1" or (text.isdecimal() and int(text) > 0)
 
 
 def _fill(text: str, sizes: dict[str, int], devices: int) -> list[str]:

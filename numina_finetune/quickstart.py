@@ -100,7 +100,6 @@ def quickstart_config(output_dir: Path, steps: int) -> RunConfig:
         per_device_train_batch_size=2,
         learning_rate=4e-3,
         warmup_ratio=0.05,
-        weight_decay=0.1,
         adam_beta2=0.98,
         max_steps=steps,
         gradient_checkpointing=False,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "--model-name tiny-qwen3 --dataset-name synthetic-gsm8k[test] --format gsm8k --max-seq-length 128 "
-    "--per-device-train-batch-size 1 --precision fp32 --learning-rate 1e-3 --warmup-ratio 0"
-).split()
+TINY = [
+    *("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k[test]", "--format", "gsm8k"),
+    *("--max-seq-length", "128", "--per-device-train-batch-size", "1", "--precision", "fp32"),
+    *("--learning-rate", "1e-3", "--warmup-ratio", "0"),
+]
 """A run that takes seconds: the embedded default, cut small."""
 
 
@@ -63,7 +64,9 @@ class Run:
         return [record["loss"] for record in self.metrics if "loss" in record]
 
     def outcome(self, attempt: int = 1) -> dict[str, Any]:
-        return json.loads((self.run / "attempts" / str(attempt) / "outcome.json").read_text(encoding="utf-8"))
+        path = self.run / "attempts" / str(attempt) / "outcome.json"
+        outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return outcome
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -100,3 +103,20 @@ def train(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, t
         check=False,
     )
     return Run(result.returncode, result.stdout, folder)
+
+
+@pytest.fixture
+def native_here() -> Iterator[None]:
+    """Lets the command line run inside the tests' own process: what it sets in the environment is undone.
+
+    Accelerate decides for or against XLA at its import, for as long as the process lives.
+    """
+    before = dict(os.environ)
+    for name in ("PJRT_DEVICE", "CPU_NUM_DEVICES", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        os.environ.pop(name, None)
+    os.environ["USE_TORCH_XLA"] = "false"
+    import accelerate  # noqa: F401
+
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numina_finetune.data.dataset import TokenIndex
 from numina_finetune.data.mixture import Mixture
 from numina_finetune.data.packing import Packing, one_per_row, pack
+from numina_finetune.data.token_index import TokenIndex
 from numina_finetune.errors import DataError
 
 NO_LOSS = -100

@@ -15,18 +15,18 @@ import hashlib
 import random
 from collections.abc import Iterator
 from functools import cache
-from operator import add, mul, sub
+from operator import add, sub
 
 DEFAULT_COUNTS = {"train": 16_000, "test": 256}
 TEST_SHARE = 0.15
 """Share of the operand pairs that belong to the test split."""
 LARGEST = 99
 """No operand and no result is larger."""
-LARGEST_CHANGE = 9
-"""What a step adds or takes away is from 2 to this; so is the number of bags in a multiplication."""
+LARGEST_CHANGE = 5
+"""What a step adds or takes away is from 2 to this."""
 
-OPERATIONS = {"+": add, "-": sub, "*": mul}
-SHARES = {"+": 20, "-": 20, "*": 4, "++": 7, "+-": 7, "-+": 7, "--": 7, "+-+": 7, "-+-": 7, "++-": 7, "--+": 7}
+OPERATIONS = {"+": add, "-": sub}
+SHARES = {"+": 4, "-": 4, "++": 1, "+-": 1, "-+": 1, "--": 1, "+-+": 2, "-+-": 2, "++-": 2, "--+": 2}
 """Relative frequency of the problems by the operations of their steps."""
 
 PEOPLE = {
@@ -56,10 +56,6 @@ SINGLE = {
         "{name} wants {a} {item} and has {b}. How many more {item} does {name} need?",
         "{name} has {a} {item}. {friend} has {b} fewer. How many {item} does {friend} have?",
         "There were {a} {item} in a box. {name} took {b}. How many {item} are left?",
-    ),
-    "*": (
-        "{name} has {a} bags with {b} {item} each. How many {item} does {name} have?",
-        "A box holds {b} {item}. How many {item} are in {a} boxes?",
     ),
 }
 """Questions of one step by its operation; ``{a}`` and ``{b}`` are its operands."""
@@ -113,7 +109,13 @@ def _problem(rng: random.Random, split: str) -> dict[str, str]:
     operations = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     steps = _steps(rng, split, operations)
     name, friend = rng.sample(sorted(PEOPLE), 2)
-    words: dict[str, str | int] = {"name": name, "friend": friend, "pronoun": PEOPLE[name], "item": rng.choice(ITEMS), "a": steps[0][0]}
+    words: dict[str, str | int] = {
+        "name": name,
+        "friend": friend,
+        "pronoun": PEOPLE[name],
+        "item": rng.choice(ITEMS),
+        "a": steps[0][0],
+    }
     results = [OPERATIONS[operation](*step) for operation, step in zip(operations, steps, strict=True)]
     solution = [
         f"{left}{operation}{right} = <<{left}{operation}{right}={result}>>{result} {words['item']}"
@@ -157,9 +159,7 @@ def _pairs(split: str, operation: str) -> tuple[Pair, ...]:
 
 
 def _all_pairs(operation: str) -> Iterator[Pair]:
-    small, large = range(2, LARGEST_CHANGE + 1), range(2, LARGEST + 1)
-    lefts, rights = (small, large) if operation == "*" else (large, small)
-    for left in lefts:
-        for right in rights:
+    for left in range(2, LARGEST + 1):
+        for right in range(2, LARGEST_CHANGE + 1):
             if 2 <= OPERATIONS[operation](left, right) <= LARGEST:
                 yield left, right

@@ -73,9 +73,7 @@ def plot_loss(metrics_path: Path, png_path: Path, *, title: str, marks: Sequence
         axes.plot(life.steps, life.losses, color=f"C{index % 10}", alpha=0.35, linewidth=0.8, label=label)
     axes.plot(steps, smooth(losses), color="black", linewidth=1.6, label="smoothed")
     for index, mark in enumerate(marks):
-        axes.axvline(
-            mark, color="crimson", linestyle="--", linewidth=1.2, label="preempted" if index == 0 else None
-        )
+        axes.axvline(mark, color="crimson", linestyle="--", linewidth=1.2, label="preempted" if index == 0 else None)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
     axes.set_xlim(0, int(steps[-1]))
     axes.grid(visible=True, which="both", alpha=0.25)

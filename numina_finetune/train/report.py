@@ -30,8 +30,7 @@ class Report:
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
         self._active = active
-        self._started = self._since = time.monotonic()
-        self._steps_at_start = step
+        self._since = time.monotonic()
         if active:
             _keep_records_up_to(self._path, step)
         self._bar = tqdm(
@@ -49,7 +48,8 @@ class Report:
     def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float]) -> None:
         """Record the steps since the last log line; they have just been read, so the clock is true."""
         now = time.monotonic()
-        rate = sum(m.tokens for m in metrics) / max(now - self._since, 1e-9)
+        seconds = max(now - self._since, 1e-9)
+        rate = sum(m.tokens for m in metrics) / seconds
         self._since = now
         records = []
         for metric, learning_rate in zip(metrics, learning_rates, strict=True):
@@ -62,7 +62,7 @@ class Report:
         for record in records:
             numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
             self._accelerator.log(numbers, step=record["step"])
-        self._show(metrics[-1], learning_rates[-1], rate, now)
+        self._show(metrics[-1], learning_rates[-1], rate, seconds / len(metrics))
 
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Record the evaluation loss after ``step``."""
@@ -81,14 +81,12 @@ class Report:
     def close(self) -> None:
         self._bar.close()
 
-    def _show(self, metric: StepMetrics, learning_rate: float, rate: float, now: float) -> None:
-        done = self._step - self._steps_at_start
-        remaining = (now - self._started) / max(done, 1) * (self._total - self._step)
+    def _show(self, metric: StepMetrics, learning_rate: float, rate: float, seconds_a_step: float) -> None:
         self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
         if self._bar.disable:
             self._say(
                 f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
-                f"{rate:.0f} tokens/s  {_clock(remaining)} left"
+                f"{rate:.0f} tokens/s  {_clock(seconds_a_step * (self._total - self._step))} left"
             )
 
     def _say(self, line: str) -> None:

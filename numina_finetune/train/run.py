@@ -20,16 +20,10 @@ from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.checkpoint.state import STATE_FOLDER, attach
 from numina_finetune.config import RunConfig
-from numina_finetune.data.dataset import (
-    IndexOptions,
-    TokenIndex,
-    build_index,
-    evaluation_source,
-    preflight,
-    split_validation,
-    tokenizer_hash,
-)
+from numina_finetune.data.dataset import IndexOptions, build_index, tokenizer_hash
 from numina_finetune.data.loader import Loader
+from numina_finetune.data.sources import evaluation_source, preflight
+from numina_finetune.data.token_index import TokenIndex, split_validation
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.builtin import BUILTIN

@@ -69,6 +69,7 @@ class XlaBackend:
         self._module = self.accelerator.prepare(CausalLoss(model).train())
         self._max_grad_norm = config.max_grad_norm
         torch_xla.sync()
+        self._traffic.leave_out()
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
         tensors = {name: torch.from_numpy(array) for name, array in rows._asdict().items()}
@@ -78,7 +79,6 @@ class XlaBackend:
         return dict(zip(tensors, moved, strict=True))
 
     def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
-        self._traffic.enter_step()
         # A scalar 0 or 1 would be traced as a constant, and a warm-up that begins at 0 compiled twice.
         rate = torch.tensor([learning_rate]).to(self.device).squeeze(0)
         metrics = optimizer_step(
@@ -93,11 +93,13 @@ class XlaBackend:
             foreach=False,
         )
         torch_xla.sync()
-        self._traffic.leave_step()
+        self._traffic.count_step()
         return metrics
 
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
-        return metrics_from_rows(torch.stack(list(metrics)).cpu())
+        rows = torch.stack(list(metrics)).cpu()
+        self._traffic.leave_out()
+        return metrics_from_rows(rows)
 
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         losses, counts = [], []
@@ -108,13 +110,17 @@ class XlaBackend:
                 counts.append((batch["labels"] != IGNORE_INDEX).sum())
                 torch_xla.sync()
         self._module.train()
-        return float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)
+        totals = float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)
+        self._traffic.leave_out()
+        return totals
 
     def save(self, folder: Path) -> None:
         save_sharded(self._state(), folder)
+        self._traffic.leave_out()
 
     def load(self, folder: Path) -> None:
         load_sharded(self._state(), folder)
+        self._traffic.leave_out()
 
     def agree_stop(self, wanted: bool) -> bool:
         return self.processes.any(wanted)

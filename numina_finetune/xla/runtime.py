@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import torch_xla.debug.metrics as xla_metrics
@@ -60,25 +59,26 @@ def build_mesh(text: str | None, devices: int) -> tuple[xs.Mesh, MeshShape]:
     return mesh, shape
 
 
-@dataclass
 class TrafficCounter:
-    """Counts graph compilations inside training steps, and host reads between log lines.
+    """Counts graph compilations and host reads of the training steps, and of all that happens between them.
 
     A host read is a transfer from a device, or an ``.item()`` (``_local_scalar_dense``): both stall the device.
     """
 
-    training_compilations: int = 0
-    host_reads: int = 0
-    _compilations_before: int = 0
-    _reads_before: int = 0
+    def __init__(self) -> None:
+        self.training_compilations = 0
+        self.host_reads = 0
+        self._compilations_so_far = self._reads_so_far = 0
 
-    def enter_step(self) -> None:
-        self._compilations_before = _samples("CompileTime")
-        self._reads_before = _host_reads()
+    def count_step(self) -> None:
+        """A step ends: what came since the last step, or since :meth:`leave_out`, belongs to training."""
+        self.training_compilations += _samples("CompileTime") - self._compilations_so_far
+        self.host_reads += _host_reads() - self._reads_so_far
+        self.leave_out()
 
-    def leave_step(self) -> None:
-        self.training_compilations += _samples("CompileTime") - self._compilations_before
-        self.host_reads += _host_reads() - self._reads_before
+    def leave_out(self) -> None:
+        """What came since the last step was asked for: a log line, a save, an evaluation."""
+        self._compilations_so_far, self._reads_so_far = _samples("CompileTime"), _host_reads()
 
 
 def _samples(metric: str) -> int:

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -9,15 +11,10 @@ from datasets.exceptions import DatasetNotFoundError
 
 from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data import dataset as module
-from numina_finetune.data.dataset import (
-    IndexOptions,
-    build_index,
-    load_rows,
-    parse_source_name,
-    preflight,
-    split_validation,
-    tokenizer_hash,
-)
+from numina_finetune.data import sources as sources_module
+from numina_finetune.data.dataset import IndexOptions, build_index, tokenizer_hash
+from numina_finetune.data.sources import load_rows, parse_source_name, preflight
+from numina_finetune.data.token_index import split_validation
 from numina_finetune.errors import DataError
 
 OPTIONS = IndexOptions(max_seq_length=1024)
@@ -63,7 +60,7 @@ def test_changed_file_of_the_same_size_and_time_is_read_anew(gsm8k, tiny, tmp_pa
     first = build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
     stat = (tmp_path / "gsm8k.jsonl").stat()
     path = write_jsonl("gsm8k.jsonl", [{**ROWS[1]}, *ROWS[1:]])
-    module.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     changed = build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
     assert changed.data_key != first.data_key
@@ -74,7 +71,7 @@ def test_loading_a_changed_file_of_the_same_time_gives_its_new_rows(gsm8k, tmp_p
     load_rows(gsm8k, tmp_path / "arrow")
     stat = (tmp_path / "gsm8k.jsonl").stat()
     path = write_jsonl("gsm8k.jsonl", ROWS[:7])
-    module.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert load_rows(gsm8k, tmp_path / "arrow").to_list() == ROWS[:7]
 
 
@@ -186,7 +183,7 @@ def test_every_local_form_gives_the_same_rows(form, tmp_path, write_jsonl):
         write_jsonl("data.folder of files/test.jsonl", ROWS)
         write_jsonl("data.folder of files/train.jsonl", ROWS[:1])
     elif form == "json":
-        path.write_text(module.json.dumps(ROWS))
+        path.write_text(json.dumps(ROWS))
     else:
         write_jsonl("data.jsonl", ROWS)
     source = SourceConfig(str(path), split="test")
@@ -206,7 +203,7 @@ def test_synthetic_data_needs_no_file(tmp_path):
 def test_gsm8k_on_the_hub_gets_its_main_configuration_and_alias(monkeypatch, caplog):
     asked = {}
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: asked.update(arguments))
-    module._notice_alias.cache_clear()
+    sources_module._notice_alias.cache_clear()
     with caplog.at_level(logging.WARNING):
         load_rows(SourceConfig("gsm8k"))
         load_rows(SourceConfig("gsm8k"))

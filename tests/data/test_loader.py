@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from numina_finetune.data.dataset import TokenIndex
 from numina_finetune.data.loader import NO_LOSS, Loader, supervised_tokens
+from numina_finetune.data.token_index import TokenIndex
 from numina_finetune.errors import DataError
 
 PAD = 0

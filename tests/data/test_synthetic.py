@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
 from numina_finetune.data.synthetic import generate_problems, is_test_pair
 
-STEP = re.compile(r"(\d+)([-+*])(\d+) = <<\1\2\3=(\d+)>>\4")
+STEP = re.compile(r"(\d+)([-+])(\d+) = <<\1\2\3=(\d+)>>\4")
 
 
 def steps_of(rows: list[dict[str, str]]) -> list[tuple[int, str, int, int]]:
@@ -53,7 +54,7 @@ def test_every_annotation_is_right_and_the_last_one_is_the_answer(
 def test_a_later_step_goes_on_from_the_result_before(train: list[dict[str, str]]) -> None:
     chains = [steps for row in train if len(steps := steps_of([row])) > 1]
     assert chains
-    assert all(after[0] == before[3] for steps in chains for before, after in zip(steps, steps[1:], strict=False))
+    assert all(after[0] == before[3] for steps in chains for before, after in pairwise(steps))
 
 
 def test_every_operand_can_be_read_in_the_question(train: list[dict[str, str]]) -> None:

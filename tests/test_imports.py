@@ -1,0 +1,96 @@
+"""The house's import rules (docs: one way down, each device library behind one door), read from the source."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+PACKAGE = ROOT / "numina_finetune"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything that a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from a import b` may name the module a.b; a relative one starts at the module's own package.
+            package = path.relative_to(ROOT).with_suffix("").parts[: -node.level] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def offenders(files: list[Path], *forbidden: str) -> list[str]:
+    """``file imports name`` for each import of something forbidden, or of something inside it."""
+    return sorted(
+        {
+            f"{path.relative_to(ROOT)} imports {name}"
+            for path in files
+            for name in imports(path)
+            if any(name == one or name.startswith(f"{one}.") for one in forbidden)
+        }
+    )
+
+
+def room(name: str) -> list[Path]:
+    files = sorted((PACKAGE / name).rglob("*.py"))
+    assert files, f"there is no {name}/"
+    return files
+
+
+def house(*, outside: str) -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if not path.is_relative_to(PACKAGE / outside)]
+
+
+def own(*rooms: str) -> list[str]:
+    return [f"numina_finetune.{name}" for name in rooms]
+
+
+def test_only_the_xla_room_knows_the_device_library() -> None:
+    assert offenders(house(outside="xla"), "torch_xla", "libtpu") == []
+    assert offenders(room("xla"), "torch_xla"), "the check sees what is there"
+
+
+def test_only_storage_knows_google_cloud() -> None:
+    assert offenders(house(outside="storage.py"), "google.cloud") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"),
+    [
+        ("data", ["torch", "accelerate", *own("models", "train", "xla", "torch_native", "checkpoint")]),
+        ("models", own("train", "xla", "torch_native", "data.loader")),
+        ("train", own("xla", "torch_native", "cli")),
+        ("checkpoint", own("train", "models", "xla", "torch_native", "cli")),
+        ("evaluation", own("xla", "torch_native", "cli")),
+        ("xla", own("torch_native", "cli")),
+        ("torch_native", own("xla", "cli")),
+    ],
+)
+def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
+    assert offenders(room(name), *forbidden) == []
+
+
+@pytest.mark.parametrize("name", ["config.py", "errors.py", "mesh.py", "storage.py"])
+def test_the_ground_floor_imports_no_room(name: str) -> None:
+    rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation")
+    assert offenders([PACKAGE / name], *rooms) == []
+
+
+def test_the_command_line_answers_before_it_loads_a_device_library() -> None:
+    script = "import json, sys, numina_finetune.cli; print(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(result.stdout))
+    assert "numina_finetune.cli" in loaded
+    assert not loaded & {"torch_xla", "accelerate", "transformers", "torch", "datasets"}

@@ -1,0 +1,61 @@
+"""The same run on other devices has the same losses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Run, command, environment, train
+
+RUN = ("--max-steps", "10", "--logging-steps", "1", "--save-steps", "0", "--global-batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def native(folder: Path) -> Run:
+    run = train(folder / "native", *RUN, "--per-device-train-batch-size", "4", env=environment())
+    assert run.code == 0, run.output
+    return run
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
+def test_a_mesh_of_four_devices_follows_the_native_backend(folder: Path, native: Run, mesh: str) -> None:
+    run = train(folder / mesh, *RUN, "--mesh", mesh, env=environment(devices=4))
+    assert run.code == 0, run.output
+    assert run.losses == pytest.approx(native.losses, rel=1e-3)
+    assert "training-graph compilations: 1; host reads between log lines: 0" in run.output
+
+
+def test_two_gloo_processes_equal_one(folder: Path, native: Run) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    training = command(folder / "gloo", *RUN, "--backend", "native", "--per-device-train-batch-size", "2")
+    result = subprocess.run(
+        [*torchrun, *training[1:]],
+        env=environment(ACCELERATE_USE_CPU="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 process(es)" in result.stdout
+    assert Run(0, result.stdout, folder / "gloo").losses == pytest.approx(native.losses, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_loss(folder: Path, native: Run) -> None:
+    run = train(
+        folder / "kept", *RUN, "--per-device-train-batch-size", "4", "--no-gradient-checkpointing", env=environment()
+    )
+    assert run.losses == pytest.approx(native.losses, rel=1e-6)
+
+
+def test_the_loss_falls(native: Run) -> None:
+    assert native.losses[-1] < native.losses[0] - 0.5

@@ -1,0 +1,165 @@
+"""A run that is killed ends in the same weights, bit for bit, as one that never was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Run, command, environment, train
+
+STEPS = 24
+RUN = ("--max-steps", str(STEPS), "--save-steps", "3", "--logging-steps", "1", "--gradient-accumulation-steps", "2")
+FOUR = environment(devices=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Run:
+    run = train(folder / "undisturbed", *RUN, env=FOUR)
+    assert run.code == 0, run.output
+    return run
+
+
+def weights(run: Run) -> str:
+    """sha256 of the exported fp32 weights."""
+    return hashlib.sha256((run.run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def steps_logged(folder: Path) -> int:
+    files = list(folder.glob("*/metrics.jsonl"))
+    return len(files[0].read_text(encoding="utf-8").splitlines()) if files else 0
+
+
+def lives_until_done(
+    folder: Path, notices: list[tuple[signal.Signals, float]], rng: random.Random
+) -> tuple[Run, list[int]]:
+    """Run to the end, sending each life its notice; the codes of the lives.
+
+    A notice is (signal, share): with a share below 0 it comes at a random moment after the start, compiling
+    included; else as soon as that share of the remaining steps is logged.
+    """
+    codes = []
+    for number, share in notices:
+        process = subprocess.Popen(
+            command(folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if share < 0:
+            time.sleep(rng.uniform(0, 25))
+        else:
+            logged = steps_logged(folder)
+            wanted = logged + max(1, round(share * (STEPS - logged)))
+            while process.poll() is None and steps_logged(folder) < wanted:
+                time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=300)
+        codes.append(process.returncode)
+    return train(folder, *RUN, env=FOUR), codes
+
+
+def test_sigterm_saves_at_the_next_step_and_the_same_command_resumes_to_identical_weights(
+    folder: Path, undisturbed: Run
+) -> None:
+    run, codes = lives_until_done(folder / "preempted", [(signal.SIGTERM, 0.4)], random.Random(0))
+    assert codes == [42]
+    assert run.code == 0, run.output
+    first, second = run.outcome(1), run.outcome(2)
+    assert (first["kind"], second["kind"]) == ("preempted", "done")
+    assert f"resumed from the checkpoint of step {first['step']}/{STEPS}" in run.output
+    assert weights(run) == weights(undisturbed)
+    assert run.losses == undisturbed.losses
+
+
+def test_sigkill_loses_only_the_steps_since_the_last_checkpoint_and_nothing_of_the_result(
+    folder: Path, undisturbed: Run
+) -> None:
+    run, codes = lives_until_done(folder / "killed", [(signal.SIGKILL, 0.4)], random.Random(0))
+    assert codes == [-signal.SIGKILL]
+    assert not (run.run / "attempts" / "1" / "outcome.json").exists()
+    assert run.outcome(2)["kind"] == "done"
+    assert weights(run) == weights(undisturbed)
+    assert run.losses == undisturbed.losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ten_kills_in_one_run_leave_identical_weights(folder: Path, undisturbed: Run, number: signal.Signals) -> None:
+    seed = int(os.environ.get("NUMINA_KILL_SEED", "0"))
+    rng = random.Random(f"{number.name}-{seed}")
+    # A SIGTERM comes at a random step; a SIGKILL at any moment, each second one while steps are being made.
+    shares = [rng.uniform(0, 0.25) if number == signal.SIGTERM or turn % 2 else -1.0 for turn in range(10)]
+    run, codes = lives_until_done(folder / f"ten-{number.name}", [(number, share) for share in shares], rng)
+    assert run.code == 0, run.output
+    assert set(codes) == {42 if number == signal.SIGTERM else -signal.SIGKILL}
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_run_moves_to_half_the_devices_with_the_same_global_batch_and_losses(folder: Path, undisturbed: Run) -> None:
+    lives_folder = folder / "moved"
+    process = subprocess.Popen(command(lives_folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and steps_logged(lives_folder) < STEPS // 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode == 42
+    run = train(lives_folder, *RUN, env=environment(devices=2))
+    assert run.code == 0, run.output
+    assert "accumulation is 4 here, to keep the run's 8 rows a step" in run.output
+    assert run.losses == pytest.approx(undisturbed.losses, rel=1e-3)
+
+
+def test_a_mesh_that_cannot_keep_the_global_batch_is_refused_with_the_numbers(undisturbed: Run) -> None:
+    run = train(undisturbed.folder, *RUN, env=environment(devices=3))
+    assert run.code == 2
+    assert "8 rows" in run.output
+    assert "multiple of 3" in run.output
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, undisturbed: Run) -> None:
+    run, _ = lives_until_done(folder / "damaged", [], random.Random(0))
+    newest = run.checkpoints[-1]
+    shard = newest / "state" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = train(run.folder, *RUN, env=FOUR)
+    assert again.code == 0, again.output
+    assert f"checkpoint of step {STEPS} is damaged, falling back" in again.output
+    assert f"resumed from the checkpoint of step {STEPS - 3}/{STEPS}" in again.output
+    assert weights(again) == weights(undisturbed)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_no_uncommitted_one(undisturbed: Run) -> None:
+    assert [path.parent.name for path in undisturbed.checkpoints] == ["step-00000018", "step-00000021", "step-00000024"]
+    assert len(list(undisturbed.run.glob("checkpoints/*/*"))) == 3
+
+
+def test_the_run_again_after_its_end_does_nothing_and_says_so(undisturbed: Run) -> None:
+    before = weights(undisturbed)
+    again = train(undisturbed.folder, *RUN, env=FOUR)
+    assert again.code == 0
+    assert "nothing to do" in again.output
+    assert weights(again) == before
+
+
+def test_a_checkpoint_of_one_backend_resumes_on_the_other(folder: Path, undisturbed: Run) -> None:
+    """The shards lie under Hugging Face names, whole tensors' coordinates beside them."""
+    lives_folder = folder / "crossed"
+    process = subprocess.Popen(command(lives_folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and steps_logged(lives_folder) < STEPS // 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    run = train(lives_folder, *RUN, "--backend", "native", env=environment())
+    assert run.code == 0, run.output
+    assert run.losses == pytest.approx(undisturbed.losses, rel=1e-3)
