@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -16,7 +17,6 @@ from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
 from numina_finetune.config import RunConfig, flag, load_yaml
-from numina_finetune.data.sources import parse_source_name
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 
 DEFAULT_COMMAND = "train"
@@ -103,7 +103,8 @@ def _train(config: str | None, **given: Any) -> int:
             faults += error.problems
         if faults:
             raise ConfigError(dict.fromkeys(faults))  # the same dataset twice is the same fault once
-        print(f"backend {name} ({reason})", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"backend {name} ({reason})", flush=True)
         return int(train(run_config, _backend_factory(name), notice))
 
 
@@ -176,10 +177,7 @@ def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[st
 def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[dict[str, Any]]:
     """One mapping for each --dataset-name; other options apply to all, or to each in turn."""
     names = options["dataset_name"] or []
-    sources: list[dict[str, Any]] = []
-    for name in names:
-        bare, split = parse_source_name(name)
-        sources.append({"name": bare, **({"split": split} if split else {})})
+    sources: list[dict[str, Any]] = [{"name": name} for name in names]
     for option, (field_name, _, _) in _SOURCE_OPTIONS.items():
         values = options[option] or []
         if option == "dataset_name" or not values:

@@ -165,6 +165,11 @@ class RunConfig:
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:10]
         return f"{Path(self.model_name).name}-{digest}".lower()
 
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder."""
+        return Path(self.output_dir) / self.resolved_run_id
+
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: two commands with equal identities continue one another.
 

@@ -27,7 +27,7 @@ from numina_finetune.evaluation.accuracy import AccuracyReport, exact_match
 from numina_finetune.models.load import load_model, load_tokenizer
 from numina_finetune.train.plots import plot_loss, read_lives
 
-STEPS = 600
+STEPS = 700
 TEST_PROBLEMS = 256
 DEVICES = 4
 REQUIRED_ACCURACY = 0.5
@@ -100,6 +100,7 @@ def quickstart_config(output_dir: Path, steps: int) -> RunConfig:
         per_device_train_batch_size=2,
         learning_rate=4e-3,
         warmup_ratio=0.05,
+        lr_scheduler_type="linear",
         adam_beta2=0.98,
         max_steps=steps,
         gradient_checkpointing=False,

@@ -22,7 +22,7 @@ TINY = [
 """A run that takes seconds: the embedded default, cut small."""
 
 
-def test_data() -> Path:
+def real_data() -> Path:
     """The folder of real test data; skips the test where it is absent."""
     folder = Path(os.environ.get("NUMINA_TEST_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():

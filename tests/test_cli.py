@@ -104,7 +104,7 @@ def test_an_option_given_once_is_for_every_dataset_and_given_as_often_for_each(
         *("--dataset-weight", "3", "--dataset-weight", "1", "--format", "gsm8k"),
     )
     assert config.datasets == (
-        SourceConfig("a", split="test", format="gsm8k", weight=3.0),
+        SourceConfig("a[test]", format="gsm8k", weight=3.0),
         SourceConfig("b", format="gsm8k", weight=1.0),
     )
 

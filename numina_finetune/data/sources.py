@@ -39,12 +39,15 @@ def parse_source_name(name: str) -> tuple[str, str | None]:
 
 
 def resolve_source(source: SourceConfig) -> SourceConfig:
-    """The source under its hub's own name (with one notice) and with its default configuration."""
-    name = source.name
+    """The source under its hub's own name (with one notice), with the split its name asks for, and its configuration."""
+    name, split = source.name, source.split
+    if not Path(name).exists():
+        name, named = parse_source_name(name)
+        split = named or split
     if name in ALIASES and not Path(name).exists():
         name = ALIASES[name]
         _notice_alias(source.name, name)
-    return replace(source, name=name, config=source.config or DEFAULT_CONFIGS.get(name))
+    return replace(source, name=name, split=split, config=source.config or DEFAULT_CONFIGS.get(name))
 
 
 def evaluation_source(config: RunConfig) -> SourceConfig | None:
@@ -53,7 +56,7 @@ def evaluation_source(config: RunConfig) -> SourceConfig | None:
         return None
     name, split = parse_source_name(config.eval_dataset_name)
     like = config.datasets[0] if config.datasets else SourceConfig(name)
-    if name != like.name:
+    if name != parse_source_name(like.name)[0]:
         like = replace(like, config=None, revision=None)
     return replace(like, name=name, split=split or config.eval_split, weight=None)
 

@@ -15,12 +15,15 @@ import hashlib
 import random
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from operator import add, sub
 
 DEFAULT_COUNTS = {"train": 16_000, "test": 256}
 TEST_SHARE = 0.15
 """Share of the operand pairs that belong to the test split."""
-LARGEST = 99
+MOST_REPEATS = 10_000
+"""So many questions in a row that were there already mean that there are hardly others."""
+LARGEST = 999
 """No operand and no result is larger."""
 LARGEST_CHANGE = 5
 """What a step adds or takes away is from 2 to this."""
@@ -86,13 +89,15 @@ def generate_problems(split: str, seed: int = 0, count: int | None = None) -> li
     wanted = DEFAULT_COUNTS[split] if count is None else count
     rng = random.Random(f"numina-finetune/{split}/{seed}")
     rows: dict[str, dict[str, str]] = {}
-    for _ in range(20 * wanted):
-        if len(rows) == wanted:
-            break
+    repeats = 0
+    while len(rows) < wanted:
         row = _problem(rng, split)
-        rows.setdefault(row["question"], row)
-    if len(rows) < wanted:
-        raise ValueError(f"count {wanted} is too large: the {split} split gave only {len(rows)} different questions")
+        repeats = repeats + 1 if row["question"] in rows else 0
+        if repeats == MOST_REPEATS:
+            raise ValueError(
+                f"count {wanted} is too large: the {split} split has hardly more than {len(rows)} questions"
+            )
+        rows[row["question"]] = row
     return list(rows.values())
 
 
@@ -142,7 +147,7 @@ def _steps(rng: random.Random, split: str, operations: str) -> list[Pair]:
     """Operands of every step; the left operand of a later step is the result of the step before."""
     while True:
         steps = [rng.choice(_pairs(split, operations[0]))]
-        for before, operation in zip(operations, operations[1:], strict=False):
+        for before, operation in pairwise(operations):
             left = OPERATIONS[before](*steps[-1])
             following = [pair for pair in _pairs(split, operation) if pair[0] == left]
             if not following:

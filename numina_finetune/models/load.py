@@ -46,12 +46,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     name = resolve_name(config.tokenizer)
     if name in BUILTIN:
         return AutoTokenizer.from_pretrained(str(TINY_TOKENIZER))
-    revision = config.model_revision if config.tokenizer_name is None else None
-    tokenizer = _from_hub(AutoTokenizer, name, "--tokenizer-name", revision=revision)
+    own = config.tokenizer_name is not None
+    option, revision = ("--tokenizer-name", None) if own else ("--model-name", config.model_revision)
+    tokenizer = _from_hub(AutoTokenizer, name, option, revision=revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise ConfigError(f"--tokenizer-name {name} has neither a padding nor an end token: use another tokenizer")
+        raise ConfigError(
+            f"{option} {name} has a tokenizer with neither a padding nor an end token: use another tokenizer"
+        )
     return tokenizer
 
 
@@ -87,7 +90,9 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights
             return _from_config(model_config, dtype)
     if not weights:
         with no_init_weights():
-            return _from_config(model_config, dtype)
+            model = _from_config(model_config, dtype)
+        model.tie_weights()  # left out along with the initialisation
+        return model
     return _from_hub(
         AutoModelForCausalLM,
         name,
@@ -113,6 +118,8 @@ def _from_config(model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
 
 def _from_hub(auto: Any, name: str, option: str, **arguments: Any) -> Any:
     """``auto.from_pretrained``, with a confirmed absence as a ConfigError and a network fault left as it is."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"{option} {name} is a path, and there is no such folder: give a folder or a hub name")
     try:
         return auto.from_pretrained(name, **arguments)
     except (OSError, ValueError) as error:

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from numina_finetune.checkpoint.shards import load_shards, save_shards
 from numina_finetune.config import RunConfig
-from numina_finetune.data.loader import Batch
+from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.models.precision import apply_precision, canonical_name
 from numina_finetune.train.agreement import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
-from numina_finetune.train.loss import IGNORE_INDEX, CausalLoss
+from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
 from numina_finetune.train.step import optimizer_step
 
@@ -38,7 +38,11 @@ class NativeBackend:
 
     def __init__(self, config: RunConfig) -> None:
         self.accelerator = Accelerator(
-            mixed_precision="no", cpu=not torch.cuda.is_available(), log_with=config.trackers or None, rng_types=[]
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            log_with=config.trackers or None,
+            project_dir=str(config.run_dir),
+            rng_types=[],
         )
         state = self.accelerator.state
         if state.distributed_type == DistributedType.XLA:
@@ -89,7 +93,7 @@ class NativeBackend:
         with torch.no_grad():
             for batch in batches:
                 totals[0] += self._module(**batch)
-                totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
+                totals[1] += (batch["labels"] != NO_LOSS).sum()
         self._module.train()
         loss, tokens = self._sum_over_processes(totals).tolist()
         return loss, int(tokens)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-IGNORE_INDEX = -100
-"""Label of a position without loss."""
+from numina_finetune.data.loader import NO_LOSS
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at once, over all devices' rows: 256 MiB in fp32."""
@@ -73,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for start in range(0, hidden.shape[1], chunk):
             states, targets = hidden[:, start : start + chunk], labels[:, start : start + chunk]
-            supervised = (targets != IGNORE_INDEX).unsqueeze(-1)
+            supervised = (targets != NO_LOSS).unsqueeze(-1)
             # A comparison instead of gather and scatter: both are slow on a TPU, and this one fuses.
             is_target = vocabulary == targets.unsqueeze(-1)
             logits = (states @ weight.T).float()

@@ -20,17 +20,20 @@ RECORD = "run.yaml"
 MODEL = "model"
 
 
-def run_folder(config: RunConfig) -> Path:
-    return Path(config.output_dir) / config.resolved_run_id
-
-
 def read_record(run: Path) -> dict[str, Any] | None:
-    """The record of the run in ``run``; None where none began."""
+    """The record of the run in ``run``; None where none began.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     path = run / RECORD
     if not path.is_file():
         return None
-    record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return record
+    try:
+        record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {**record, "identity": dict(record["identity"])}
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is damaged or no record of a run ({error!r}): move its folder away") from error
 
 
 def write_record(
@@ -62,19 +65,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity_faults(config: RunConfig) -> list[str]:
-    """Why this command may not write into its output folder; empty if it may.
+def check_output(config: RunConfig) -> None:
+    """Refuse an output folder that this command may not write into.
 
     A folder may hold many runs, each under its own ``--run-id``. What is refused is to continue a run with other
     settings, and to begin an unnamed run beside another one: on a machine that comes and goes, a setting changed by
     accident would otherwise throw away what was trained.
+
+    Raises:
+        CheckpointError: the folder cannot be used, or holds another run; or its record cannot be read.
     """
+    if faults := _output_faults(config):
+        raise CheckpointError(faults)
+
+
+def _output_faults(config: RunConfig) -> list[str]:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         return [f"--output-dir {folder} is a file: give a folder"]
     if not os.access(_nearest_existing(folder), os.W_OK):
         return [f"--output-dir {folder} cannot be written to: give a folder of your own"]
-    own = run_folder(config)
+    own = config.run_dir
     record = read_record(own)
     if record is not None:
         differences = _differences(record["identity"], config.identity())

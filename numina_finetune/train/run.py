@@ -35,10 +35,9 @@ from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
 from numina_finetune.train.record import (
     MODEL,
-    identity_faults,
+    check_output,
     read_record,
     resume_faults,
-    run_folder,
     versions,
     write_record,
 )
@@ -72,7 +71,7 @@ def check(config: RunConfig, backend: str) -> None:
     if config.model_name:
         faults += _problems(lambda: load_config(config, load_tokenizer(config)))
     if config.output_dir and not config.output_dir.startswith("gs://"):
-        faults += identity_faults(config)
+        faults += _problems(lambda: check_output(config))
     if faults:
         raise ConfigError(faults)
 
@@ -85,7 +84,7 @@ def train(config: RunConfig, make_backend: MakeBackend, notice: StopNotice) -> E
         data, plan = _prepare(config, backend, load_tokenizer(config), None)
         _say(backend, f"dry run: {_describe(data, plan)}")
         return ExitCode.DONE
-    run = run_folder(config)
+    run = config.run_dir
     number = backend.broadcast(open_attempt(run).number if backend.process_index == 0 else None)
     attempt = Attempt(number, run / ATTEMPTS / str(number), backend.process_index)
     progress = Progress()

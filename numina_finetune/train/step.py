@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from numina_finetune.data.loader import NO_LOSS
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
-from numina_finetune.train.loss import IGNORE_INDEX
 
 
 def optimizer_step(
@@ -40,7 +40,7 @@ def optimizer_step(
     Returns:
         See :data:`~numina_finetune.train.backend.DeviceMetrics`.
     """
-    supervised = reduce(_count(batch["labels"] != IGNORE_INDEX for batch in batches))
+    supervised = reduce(_count(batch["labels"] != NO_LOSS for batch in batches))
     tokens = reduce(_count(batch["segment_ids"] > 0 for batch in batches))
     # A step of empty rows has no supervised token; its gradients are then zero, not 0/0.
     divisor = torch.clamp(supervised, min=1.0)

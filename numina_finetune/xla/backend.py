@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from numina_finetune.config import RunConfig
-from numina_finetune.data.loader import Batch
+from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.models.precision import apply_precision
 from numina_finetune.train.agreement import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
-from numina_finetune.train.loss import IGNORE_INDEX, CausalLoss
+from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import named_state
 from numina_finetune.train.step import optimizer_step
 from numina_finetune.xla.optimizer import guarded_update, make_adamw
@@ -56,7 +56,9 @@ class XlaBackend:
             f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, "
             f"{self.process_count} process(es)"
         )
-        self.accelerator = Accelerator(mixed_precision="no", log_with=config.trackers or None, rng_types=[])
+        self.accelerator = Accelerator(
+            mixed_precision="no", log_with=config.trackers or None, project_dir=str(config.run_dir), rng_types=[]
+        )
         self._traffic = TrafficCounter()
 
     def place(self, model: PreTrainedModel, config: RunConfig) -> None:
@@ -107,7 +109,7 @@ class XlaBackend:
         with torch.no_grad():
             for batch in batches:
                 losses.append(self._module(**batch))
-                counts.append((batch["labels"] != IGNORE_INDEX).sum())
+                counts.append((batch["labels"] != NO_LOSS).sum())
                 torch_xla.sync()
         self._module.train()
         totals = float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)

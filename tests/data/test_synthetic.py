@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from numina_finetune.data import synthetic
 from numina_finetune.data.synthetic import generate_problems, is_test_pair
 
 STEP = re.compile(r"(\d+)([-+])(\d+) = <<\1\2\3=(\d+)>>\4")
@@ -76,8 +77,15 @@ def test_no_question_occurs_twice(train: list[dict[str, str]], test: list[dict[s
     assert len(test) >= 200
 
 
-def test_an_unknown_split_or_too_many_rows_are_refused_with_the_reason() -> None:
+def test_an_unknown_split_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'valid' is unknown: use one of train, test"):
         generate_problems("valid")
-    with pytest.raises(ValueError, match="count 10000000 is too large"):
-        generate_problems("test", count=10_000_000)
+
+
+def test_more_rows_than_there_are_questions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "SHARES", {"+": 1})
+    monkeypatch.setattr(synthetic, "PEOPLE", {"Tom": "He", "Ana": "She"})
+    monkeypatch.setattr(synthetic, "ITEMS", ("eggs",))
+    monkeypatch.setattr(synthetic, "MOST_REPEATS", 200)
+    with pytest.raises(ValueError, match="count 100000 is too large: the test split has hardly more than"):
+        generate_problems("test", count=100_000)

@@ -16,7 +16,7 @@ from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import TINY_TOKENIZER, tiny_config
 from numina_finetune.train import loss as loss_module
 from numina_finetune.train.loss import CausalLoss, linear_cross_entropy
-from tests.conftest import test_data
+from tests.conftest import real_data
 
 
 @pytest.mark.parametrize("chunk_elements", [2**26, 7 * 50 * 3])
@@ -64,7 +64,7 @@ def test_our_loss_equals_the_one_transformers_computes_from_labels(model: PreTra
 
 
 def test_packed_rows_have_the_loss_and_gradient_of_their_sequences_alone_on_real_gsm8k(tmp_path: Path) -> None:
-    data = test_data()
+    data = real_data()
     tokenizer = AutoTokenizer.from_pretrained(str(data / "tokenizers" / "qwen3"))
     rows = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     source = tmp_path / "rows.jsonl"
