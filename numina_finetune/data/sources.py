@@ -39,7 +39,7 @@ def parse_source_name(name: str) -> tuple[str, str | None]:
 
 
 def resolve_source(source: SourceConfig) -> SourceConfig:
-    """The source under its hub's own name (with one notice), with the split its name asks for, and its configuration."""
+    """The source under its hub's own name (with one notice), with its name's split and its configuration."""
     name, split = source.name, source.split
     if not Path(name).exists():
         name, named = parse_source_name(name)
