@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from numina_finetune.config import RunConfig, SourceConfig, flag
@@ -27,7 +28,7 @@ from numina_finetune.evaluation.accuracy import AccuracyReport, exact_match
 from numina_finetune.models.load import load_model, load_tokenizer
 from numina_finetune.train.plots import plot_loss, read_lives
 
-STEPS = 700
+STEPS = 600
 TEST_PROBLEMS = 256
 DEVICES = 4
 REQUIRED_ACCURACY = 0.5
@@ -170,6 +171,8 @@ def _evaluate(
 ) -> AccuracyReport:
     # Training's attention knows packed rows but no cache.
     model.set_attn_implementation("sdpa")
+    # Matrices this small gain nothing from more threads, which wait for one another wherever a core is busy.
+    torch.set_num_threads(1)
     return exact_match(
         model,
         tokenizer,

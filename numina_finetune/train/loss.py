@@ -66,22 +66,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
-        vocabulary = torch.arange(weight.shape[0], device=hidden.device, dtype=labels.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradients = []
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for start in range(0, hidden.shape[1], chunk):
             states, targets = hidden[:, start : start + chunk], labels[:, start : start + chunk]
-            supervised = (targets != NO_LOSS).unsqueeze(-1)
-            # A comparison instead of gather and scatter: both are slow on a TPU, and this one fuses.
-            is_target = vocabulary == targets.unsqueeze(-1)
-            logits = (states @ weight.T).float()
-            log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            target_logits = torch.where(is_target, logits, 0.0).sum(dim=-1, keepdim=True)
-            loss = loss + torch.where(supervised, log_normaliser - target_logits, 0.0).sum()
+            chunk_loss, gradient = _chunk_loss((states @ weight.T).float(), targets)
+            loss = loss + chunk_loss
             if weight_gradient is not None:
-                gradient = torch.exp(logits - log_normaliser) - is_target.float()
-                gradient = torch.where(supervised, gradient, 0.0).to(hidden.dtype)
+                gradient = gradient.to(hidden.dtype)
                 hidden_gradients.append(gradient @ weight)
                 weight_gradient = weight_gradient + torch.einsum("bsv,bsh->vh", gradient, states).float()
         if weight_gradient is not None:
@@ -99,3 +92,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunk_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss (scalar) and its gradient by the logits, ``[batch, chunk, vocabulary]``, all fp32."""
+    supervised = (targets != NO_LOSS).unsqueeze(-1)
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    if logits.device.type == "xla":
+        # A comparison fuses into its neighbours; gather and scatter are slow on a TPU.
+        vocabulary = torch.arange(logits.shape[-1], device=logits.device, dtype=targets.dtype)
+        is_target = vocabulary == targets.unsqueeze(-1)
+        loss = -torch.where(is_target & supervised, log_probabilities, 0.0).sum()
+        return loss, torch.where(supervised, log_probabilities.exp() - is_target.float(), 0.0)
+    # Eager execution pays for each pass over the logits: the probabilities take the place of their logarithms.
+    picked = targets.clamp(min=0).long().unsqueeze(-1)
+    loss = -torch.where(supervised, log_probabilities.gather(-1, picked), 0.0).sum()
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(-1, picked, torch.full_like(picked, -1, dtype=gradient.dtype))
+    return loss, gradient.mul_(supervised)

@@ -87,10 +87,11 @@ def smooth(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     """Centred mean that skips non-finite values; the window narrows towards both ends. ``[steps] -> [steps]``."""
     count = len(losses)
     position = np.arange(count)
-    half = np.minimum(max(1, round(SMOOTHED_SHARE * count)), np.minimum(position, count - 1 - position))
+    widest = max(1, round(SMOOTHED_SHARE * count))
+    half = np.clip(np.minimum(position, count - 1 - position), widest // 4, widest)
     finite = np.isfinite(losses)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
     numbers = np.concatenate([[0], np.cumsum(finite)])
-    low, high = position - half, position + half + 1
+    low, high = np.maximum(position - half, 0), np.minimum(position + half + 1, count)
     present = numbers[high] - numbers[low]
     return np.where(present > 0, (sums[high] - sums[low]) / np.maximum(present, 1), np.nan)

@@ -1,0 +1,78 @@
+"""What the quickstart checks and draws around the training, without the training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numina_finetune import quickstart
+from numina_finetune.errors import ConfigError, ExitCode
+from numina_finetune.evaluation.accuracy import score
+from numina_finetune.train.plots import plot_loss, read_lives, smooth
+
+
+def write_metrics(path: Path, records: list[tuple[int, int, float]], tail: str = "") -> Path:
+    lines = [json.dumps({"step": step, "life": life, "loss": loss}) + "\n" for step, life, loss in records]
+    path.write_text("".join(lines) + tail, encoding="utf-8")
+    return path
+
+
+def test_its_settings_are_free_of_faults_and_its_command_says_each_of_them(tmp_path: Path) -> None:
+    config = quickstart.quickstart_config(tmp_path, 40)
+    assert config.faults() == []
+    options = quickstart.command_line(config)
+    for option in ("--model-name=tiny-qwen3", "--max-steps=40", "--mesh=fsdp=4", "--no-gradient-checkpointing"):
+        assert option in options
+    assert not any(option.startswith("--seed") for option in options)
+
+
+def test_a_folder_with_an_earlier_quickstart_is_refused_rather_than_continued(tmp_path: Path) -> None:
+    (tmp_path / "tiny-qwen3").mkdir()
+    with pytest.raises(ConfigError, match="already holds a quickstart"):
+        quickstart.run_quickstart(tmp_path)
+
+
+@pytest.mark.parametrize(("right", "code"), [(240, ExitCode.DONE), (130, ExitCode.CRASHED)])
+def test_it_succeeds_only_where_the_interval_lies_above_one_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], right: int, code: ExitCode
+) -> None:
+    gold = ["#### 1"] * 256
+    figures = quickstart.Figures(
+        before=score(gold, ["?"] * 256),
+        after=score(gold, gold[:right] + ["#### 2"] * (256 - right)),
+        preempted_at=20,
+        steps=40,
+        seconds={"total": 1.0},
+    )
+    assert quickstart._verdict(figures, tmp_path) == code
+    assert ("not proven" in capsys.readouterr().out) is (code != ExitCode.DONE)
+
+
+def test_lives_that_leave_out_or_repeat_steps_fail_it(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "metrics.jsonl", [(1, 1, 3.0), (2, 1, 2.0), (3, 2, 1.0), (4, 2, 1.0)])
+    quickstart._check_one_course(tmp_path, 4, 2)
+    with pytest.raises(quickstart.StageFailed, match="do not make 5 steps"):
+        quickstart._check_one_course(tmp_path, 5, 2)
+
+
+def test_the_loss_curve_is_drawn_from_whole_lines_of_training_steps(tmp_path: Path) -> None:
+    path = write_metrics(tmp_path / "metrics.jsonl", [(1, 1, 3.0), (2, 1, 2.0), (2, 2, 1.5)], '{"step": 2, "eval_l')
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"step": 2, "eval_loss": 1.0, "life": 2}) + "\n")
+    assert [(life.number, life.steps, life.losses) for life in read_lives(path)] == [(1, [1], [3.0]), (2, [2], [1.5])]
+    plot_loss(path, tmp_path / "plots" / "loss.png", title="loss", marks=[1])
+    assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_step_has_no_curve(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no training step"):
+        read_lives(write_metrics(tmp_path / "metrics.jsonl", []))
+
+
+def test_smoothing_keeps_a_constant_and_skips_what_is_not_finite() -> None:
+    losses = np.full(100, 2.0)
+    losses[50] = np.nan
+    np.testing.assert_allclose(smooth(losses), 2.0)
