@@ -117,7 +117,6 @@ class CheckpointManager:
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the state in place."""
         self._owner.accelerator.load_state(str(checkpoint.folder))
-        logger.info("resumed from the checkpoint of step %d", checkpoint.step)
 
     def _prune(self) -> None:
         """Drop the oldest beyond the limit, and this run's leftovers that were never committed."""

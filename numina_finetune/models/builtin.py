@@ -37,7 +37,7 @@ def tiny_config(name: str, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
         num_attention_heads=6,
         num_key_value_heads=6,
         head_dim=32,
-        initializer_range=0.08,  # the usual 0.02 would learn several times slower at this width
+        initializer_range=0.08,  # learned to copy in about half the steps that the usual 0.02 took
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
