@@ -67,6 +67,16 @@ def lives_until_done(
     return train(folder, *RUN, env=FOUR), codes
 
 
+def preempt_halfway(folder: Path) -> None:
+    """Begin the run on four devices and send SIGTERM after half its steps."""
+    process = subprocess.Popen(command(folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and steps_logged(folder) < STEPS // 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode == 42
+
+
 def test_sigterm_saves_at_the_next_step_and_the_same_command_resumes_to_identical_weights(
     folder: Path, undisturbed: Run
 ) -> None:
@@ -106,12 +116,7 @@ def test_ten_kills_in_one_run_leave_identical_weights(folder: Path, undisturbed:
 
 def test_a_run_moves_to_half_the_devices_with_the_same_global_batch_and_losses(folder: Path, undisturbed: Run) -> None:
     lives_folder = folder / "moved"
-    process = subprocess.Popen(command(lives_folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and steps_logged(lives_folder) < STEPS // 2:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    assert process.returncode == 42
+    preempt_halfway(lives_folder)
     run = train(lives_folder, *RUN, env=environment(devices=2))
     assert run.code == 0, run.output
     assert "accumulation is 4 here, to keep the run's 8 rows a step" in run.output
@@ -144,6 +149,18 @@ def test_only_the_newest_checkpoints_are_kept_and_no_uncommitted_one(undisturbed
     assert len(list(undisturbed.run.glob("checkpoints/*/*"))) == 3
 
 
+def test_a_resume_from_an_earlier_step_keeps_what_it_saves_and_ends_in_the_same_weights(
+    folder: Path, undisturbed: Run
+) -> None:
+    run, _ = lives_until_done(folder / "earlier", [], random.Random(0))
+    again = train(run.folder, *RUN, "--resume-from-checkpoint", "18", "--save-total-limit", "1", env=FOUR)
+    assert again.code == 0, again.output
+    assert f"resumed from the checkpoint of step 18/{STEPS}" in again.output
+    assert [path.parent.name for path in again.checkpoints] == [f"step-{STEPS:08d}"]
+    assert again.checkpoints[0].name == "attempt-2"
+    assert weights(again) == weights(undisturbed)
+
+
 def test_the_run_again_after_its_end_does_nothing_and_says_so(undisturbed: Run) -> None:
     before = weights(undisturbed)
     again = train(undisturbed.folder, *RUN, env=FOUR)
@@ -155,11 +172,7 @@ def test_the_run_again_after_its_end_does_nothing_and_says_so(undisturbed: Run) 
 def test_a_checkpoint_of_one_backend_resumes_on_the_other(folder: Path, undisturbed: Run) -> None:
     """The shards lie under Hugging Face names, whole tensors' coordinates beside them."""
     lives_folder = folder / "crossed"
-    process = subprocess.Popen(command(lives_folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and steps_logged(lives_folder) < STEPS // 2:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    preempt_halfway(lives_folder)
     run = train(lives_folder, *RUN, "--backend", "native", env=environment())
     assert run.code == 0, run.output
     assert run.losses == pytest.approx(undisturbed.losses, rel=1e-3)

@@ -105,12 +105,12 @@ class CheckpointManager:
         started = time.monotonic()
         folder = self._run / CHECKPOINTS / f"step-{step:08d}" / f"attempt-{self._attempt}"
         self._owner.accelerator.save_state(str(folder))
-        self._owner.barrier()
+        self._owner.processes.barrier()
         checkpoint = Checkpoint(step, self._attempt, folder)
         if self._owner.process_index == 0:
             _commit(checkpoint, self._facts)
-            self._prune()
-        self._owner.barrier()
+            self._prune(checkpoint)
+        self._owner.processes.barrier()
         logger.info("checkpoint of step %d committed in %.1f s", step, time.monotonic() - started)
         return checkpoint
 
@@ -118,9 +118,13 @@ class CheckpointManager:
         """Restore the state in place."""
         self._owner.accelerator.load_state(str(checkpoint.folder))
 
-    def _prune(self) -> None:
-        """Drop the oldest beyond the limit, and this run's leftovers that were never committed."""
-        kept = {checkpoint.folder for checkpoint in committed(self._run)[: self._keep]}
+    def _prune(self, newest: Checkpoint) -> None:
+        """Drop the oldest beyond the limit, and this run's leftovers that were never committed.
+
+        The one just committed stays in any case: after a resume from an earlier step, others may have a later one.
+        """
+        others = [checkpoint for checkpoint in committed(self._run) if checkpoint != newest]
+        kept = {checkpoint.folder for checkpoint in [newest, *others[: self._keep - 1]]}
         for folder in (self._run / CHECKPOINTS).glob("step-*/attempt-*"):
             if folder in kept:
                 continue

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from numina_finetune.checkpoint.progress import Progress
+from numina_finetune.processes import ProcessGroup
 
 STATE_FOLDER = "state"
 """Inside a checkpoint: the model and optimizer shards."""
@@ -22,13 +23,12 @@ class StateOwner(Protocol):
     """The part of a backend that checkpoints need."""
 
     accelerator: Accelerator
+    processes: ProcessGroup
     process_index: int
 
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
-
-    def barrier(self) -> None: ...
 
 
 def attach(owner: StateOwner, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.models.precision import apply_precision, canonical_name
-from numina_finetune.train.agreement import ProcessGroup
+from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
@@ -103,15 +103,6 @@ class NativeBackend:
 
     def load(self, folder: Path) -> None:
         load_shards(self._state(), folder)
-
-    def agree_stop(self, wanted: bool) -> bool:
-        return self.processes.any(wanted)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.processes.broadcast(value)
-
-    def barrier(self) -> None:
-        self.processes.barrier()
 
     def summary(self) -> str:
         return "eager execution: no graph to compile"

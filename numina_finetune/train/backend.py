@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch
 from numina_finetune.mesh import MeshShape
+from numina_finetune.processes import ProcessGroup
 
 DeviceBatch = Mapping[str, torch.Tensor]
 """``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
@@ -44,6 +45,8 @@ class Backend(Protocol):
     accelerator: Accelerator
     device_description: str
     mesh_shape: MeshShape
+    processes: ProcessGroup
+    """Messages between the run's processes that involve no device."""
     process_index: int
     process_count: int
     data_parallel_size: int
@@ -71,15 +74,6 @@ class Backend(Protocol):
 
     def load(self, folder: Path) -> None:
         """The inverse of :meth:`save`, in place, from whatever mesh or backend wrote it."""
-
-    def agree_stop(self, wanted: bool) -> bool:
-        """Whether any process wants to stop; every process gets the same answer at the same step."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Process 0's value, on every process."""
-
-    def barrier(self) -> None:
-        """Wait for every process."""
 
     def summary(self) -> str:
         """What the run cost in compilations and host reads, in one line."""

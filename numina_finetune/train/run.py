@@ -85,7 +85,7 @@ def train(config: RunConfig, make_backend: MakeBackend, notice: StopNotice) -> E
         _say(backend, f"dry run: {_describe(data, plan)}")
         return ExitCode.DONE
     run = config.run_dir
-    number = backend.broadcast(open_attempt(run).number if backend.process_index == 0 else None)
+    number = backend.processes.broadcast(open_attempt(run).number if backend.process_index == 0 else None)
     attempt = Attempt(number, run / ATTEMPTS / str(number), backend.process_index)
     progress = Progress()
     try:
@@ -103,11 +103,11 @@ def _live(
 ) -> bool:
     """Resume, train, export; whether the run is finished."""
     tokenizer = load_tokenizer(config)
-    record = backend.broadcast(read_record(run))
+    record = backend.processes.broadcast(read_record(run))
     data, plan = _prepare(config, backend, tokenizer, record)
     _say(backend, f"{run}: {_describe(data, plan)}")
     _claim(config, backend, run, record, data, plan, tokenizer)
-    checkpoint = backend.broadcast(_checkpoint_to_resume(config, run) if backend.process_index == 0 else None)
+    checkpoint = backend.processes.broadcast(_checkpoint_to_resume(config, run) if backend.process_index == 0 else None)
     if checkpoint is not None and checkpoint.step >= plan.total_steps and (run / MODEL).is_dir():
         progress.step = checkpoint.step
         _say(backend, f"nothing to do: the run has made all {plan.total_steps} steps; the model is in {run / MODEL}")
@@ -226,7 +226,7 @@ def _claim(
             tokenizer=fingerprint,
             total_steps=plan.total_steps,
         )
-    backend.barrier()
+    backend.processes.barrier()
 
 
 def _checkpoint_to_resume(config: RunConfig, run: Path) -> Checkpoint | None:
@@ -259,7 +259,7 @@ def _export(
             dtype=EXPORT_DTYPES[config.precision],
         )
         _say(backend, f"done: {progress.step} steps, {progress.tokens} tokens; the model is in {run / MODEL}")
-    backend.barrier()
+    backend.processes.barrier()
 
 
 def _generation_config(config: RunConfig, model_config: PretrainedConfig) -> GenerationConfig:

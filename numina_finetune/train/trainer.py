@@ -59,7 +59,7 @@ class Trainer:
     def run(self) -> bool:
         """Train until the last step (True) or until any process is asked to stop (False); saved either way."""
         while self._progress.step < self._plan.total_steps:
-            if self._backend.agree_stop(self._notice.wanted):
+            if self._backend.processes.any(self._notice.wanted):
                 self._save()
                 return False
             self._train_step()

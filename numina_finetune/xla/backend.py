@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.models.precision import apply_precision
-from numina_finetune.train.agreement import ProcessGroup
+from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import named_state
@@ -123,15 +123,6 @@ class XlaBackend:
     def load(self, folder: Path) -> None:
         load_sharded(self._state(), folder)
         self._traffic.leave_out()
-
-    def agree_stop(self, wanted: bool) -> bool:
-        return self.processes.any(wanted)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.processes.broadcast(value)
-
-    def barrier(self) -> None:
-        self.processes.barrier()
 
     def summary(self) -> str:
         return (
