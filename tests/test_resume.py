@@ -161,6 +161,16 @@ def test_a_resume_from_an_earlier_step_keeps_what_it_saves_and_ends_in_the_same_
     assert weights(again) == weights(undisturbed)
 
 
+def test_a_life_that_left_no_checkpoint_binds_nothing(tmp_path: Path) -> None:
+    """A first try with a mistake in it may be mended under the same name."""
+    first = train(tmp_path / "out", "--run-id", "mine", "--max-steps", "1", "--save-steps", "0", env=environment())
+    (first.checkpoints[0] / "COMMITTED").unlink()  # as if it had crashed before
+    mended = ("--run-id", "mine", "--max-steps", "2", "--logging-steps", "1", "--learning-rate", "5e-4")
+    second = train(tmp_path / "out", *mended, env=environment())
+    assert second.code == 0, second.output
+    assert second.metrics[0]["learning_rate"] == 5e-4
+
+
 def test_the_run_again_after_its_end_does_nothing_and_says_so(undisturbed: Run) -> None:
     before = weights(undisturbed)
     again = train(undisturbed.folder, *RUN, env=FOUR)

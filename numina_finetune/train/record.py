@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from numina_finetune import storage
-from numina_finetune.checkpoint.manager import CHECKPOINTS
+from numina_finetune.checkpoint.manager import committed
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
 
@@ -21,13 +21,13 @@ MODEL = "model"
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
-    """The record of the run in ``run``; None where none began.
+    """The record of the run in ``run``; None where none began, or none got as far as a checkpoint worth protecting.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     path = run / RECORD
-    if not path.is_file():
+    if not path.is_file() or not committed(run):
         return None
     try:
         record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -94,12 +94,14 @@ def _output_faults(config: RunConfig) -> list[str]:
             "restore it to resume, or give another --run-id or --output-dir"
             for name, old, new in differences
         ]
+    if committed(own) and not (own / RECORD).is_file():
+        return [f"{own} has checkpoints but no {RECORD}: give another --run-id"]
     if config.run_id:
-        return [f"{own} has checkpoints but no {RECORD}: give another --run-id"] if (own / CHECKPOINTS).exists() else []
+        return []
     for other in sorted(path.parent for path in folder.glob(f"*/{RECORD}")):
-        if (other / CHECKPOINTS).exists() or (other / MODEL).exists():
-            theirs = read_record(other) or {}
-            differences = _differences(theirs.get("identity", {}), config.identity())
+        theirs = read_record(other)
+        if theirs is not None:
+            differences = _differences(theirs["identity"], config.identity())
             told = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences)
             return [
                 f"--output-dir {folder} holds the checkpoints of another run, {other.name} ({told}): restore its "
