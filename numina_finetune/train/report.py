@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Report:
             total=total_steps,
             initial=step,
             unit="step",
-            dynamic_ncols=True,
+            ncols=shutil.get_terminal_size().columns,
             disable=not (active and sys.stderr.isatty()),
         )
 
