@@ -34,11 +34,13 @@ class Report:
         self._since = time.monotonic()
         if active:
             _keep_records_up_to(self._path, step)
+        terminal = shutil.get_terminal_size()  # tqdm itself draws nothing where the size is said to be 0 x 0
         self._bar = tqdm(
             total=total_steps,
             initial=step,
             unit="step",
-            ncols=shutil.get_terminal_size().columns,
+            ncols=terminal.columns,
+            nrows=terminal.lines,
             disable=not (active and sys.stderr.isatty()),
         )
 
