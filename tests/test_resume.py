@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.conftest import ROOT, Run, command, environment, train
 
 STEPS = 24
 RUN = ("--max-steps", str(STEPS), "--save-steps", "3", "--logging-steps", "1", "--gradient-accumulation-steps", "2")
+LONG_RUN = ("--max-steps", "600", "--save-steps", "7", "--logging-steps", "1", "--gradient-accumulation-steps", "2")
 FOUR = environment(devices=4)
 
 
@@ -42,29 +44,28 @@ def steps_logged(folder: Path) -> int:
 
 
 def lives_until_done(
-    folder: Path, notices: list[tuple[signal.Signals, float]], rng: random.Random
+    folder: Path, notices: Sequence[tuple[signal.Signals, float | int]], options: Sequence[str] = RUN
 ) -> tuple[Run, list[int]]:
     """Run to the end, sending each life its notice; the codes of the lives.
 
-    A notice is (signal, share): with a share below 0 it comes at a random moment after the start, compiling
-    included; else as soon as that share of the remaining steps is logged.
+    A notice is a signal and its moment: after so many steps more (int), or so many seconds after the start, compiling
+    included (float).
     """
     codes = []
-    for number, share in notices:
+    for number, moment in notices:
         process = subprocess.Popen(
-            command(folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command(folder, *options), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        if share < 0:
-            time.sleep(rng.uniform(0, 25))
+        if isinstance(moment, float):
+            time.sleep(moment)
         else:
-            logged = steps_logged(folder)
-            wanted = logged + max(1, round(share * (STEPS - logged)))
+            wanted = steps_logged(folder) + moment
             while process.poll() is None and steps_logged(folder) < wanted:
                 time.sleep(0.02)
         process.send_signal(number)
         process.communicate(timeout=300)
         codes.append(process.returncode)
-    return train(folder, *RUN, env=FOUR), codes
+    return train(folder, *options, env=FOUR), codes
 
 
 def preempt_halfway(folder: Path) -> None:
@@ -80,7 +81,7 @@ def preempt_halfway(folder: Path) -> None:
 def test_sigterm_saves_at_the_next_step_and_the_same_command_resumes_to_identical_weights(
     folder: Path, undisturbed: Run
 ) -> None:
-    run, codes = lives_until_done(folder / "preempted", [(signal.SIGTERM, 0.4)], random.Random(0))
+    run, codes = lives_until_done(folder / "preempted", [(signal.SIGTERM, 10)])
     assert codes == [42]
     assert run.code == 0, run.output
     first, second = run.outcome(1), run.outcome(2)
@@ -93,7 +94,7 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_resumes_to_identica
 def test_sigkill_loses_only_the_steps_since_the_last_checkpoint_and_nothing_of_the_result(
     folder: Path, undisturbed: Run
 ) -> None:
-    run, codes = lives_until_done(folder / "killed", [(signal.SIGKILL, 0.4)], random.Random(0))
+    run, codes = lives_until_done(folder / "killed", [(signal.SIGKILL, 10)])
     assert codes == [-signal.SIGKILL]
     assert not (run.run / "attempts" / "1" / "outcome.json").exists()
     assert run.outcome(2)["kind"] == "done"
@@ -101,17 +102,27 @@ def test_sigkill_loses_only_the_steps_since_the_last_checkpoint_and_nothing_of_t
     assert run.losses == undisturbed.losses
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ten_kills_in_one_run_leave_identical_weights(folder: Path, undisturbed: Run, number: signal.Signals) -> None:
-    seed = int(os.environ.get("NUMINA_KILL_SEED", "0"))
-    rng = random.Random(f"{number.name}-{seed}")
-    # A SIGTERM comes at a random step; a SIGKILL at any moment, each second one while steps are being made.
-    shares = [rng.uniform(0, 0.25) if number == signal.SIGTERM or turn % 2 else -1.0 for turn in range(10)]
-    run, codes = lives_until_done(folder / f"ten-{number.name}", [(number, share) for share in shares], rng)
+@pytest.fixture(scope="module")
+def long_undisturbed(folder: Path) -> Run:
+    run = train(folder / "long-undisturbed", *LONG_RUN, env=FOUR)
     assert run.code == 0, run.output
-    assert set(codes) == {42 if number == signal.SIGTERM else -signal.SIGKILL}
-    assert weights(run) == weights(undisturbed)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_ten_kills_in_one_run_leave_identical_weights(
+    folder: Path, long_undisturbed: Run, number: signal.Signals
+) -> None:
+    rng = random.Random(f"{number.name}-{os.environ.get('NUMINA_KILL_SEED', '0')}")
+    # A SIGTERM comes at a random step; a SIGKILL at any moment, each second one while steps are being made.
+    anywhere = [number == signal.SIGKILL and turn % 2 == 0 for turn in range(10)]
+    notices = [(number, rng.uniform(0, 25) if early else rng.randint(1, 20)) for early in anywhere]
+    run, codes = lives_until_done(folder / f"ten-{number.name}", notices, LONG_RUN)
+    assert run.code == 0, run.output
+    assert codes == [42 if number == signal.SIGTERM else -signal.SIGKILL] * 10
+    assert weights(run) == weights(long_undisturbed)
+    assert run.losses == long_undisturbed.losses
 
 
 def test_a_run_moves_to_half_the_devices_with_the_same_global_batch_and_losses(folder: Path, undisturbed: Run) -> None:
@@ -131,7 +142,7 @@ def test_a_mesh_that_cannot_keep_the_global_batch_is_refused_with_the_numbers(un
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, undisturbed: Run) -> None:
-    run, _ = lives_until_done(folder / "damaged", [], random.Random(0))
+    run, _ = lives_until_done(folder / "damaged", [])
     newest = run.checkpoints[-1]
     shard = newest / "state" / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
@@ -152,7 +163,7 @@ def test_only_the_newest_checkpoints_are_kept_and_no_uncommitted_one(undisturbed
 def test_a_resume_from_an_earlier_step_keeps_what_it_saves_and_ends_in_the_same_weights(
     folder: Path, undisturbed: Run
 ) -> None:
-    run, _ = lives_until_done(folder / "earlier", [], random.Random(0))
+    run, _ = lives_until_done(folder / "earlier", [])
     again = train(run.folder, *RUN, "--resume-from-checkpoint", "18", "--save-total-limit", "1", env=FOUR)
     assert again.code == 0, again.output
     assert f"resumed from the checkpoint of step 18/{STEPS}" in again.output
