@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch_xla
+import torch_xla.core.xla_model as xm
 from torch.distributed.checkpoint.planner import SavePlan
 from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
 
@@ -15,14 +16,25 @@ from numina_finetune.checkpoint.shards import load_shards, save_shards
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
     """Write every shard once; each host writes its own."""
-    torch_xla.sync(wait=True)
+    _settle()
     save_shards(state, folder, _SavePlanner())
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> None:
     """Fill ``state``'s tensors in place, whatever mesh wrote the folder."""
+    _settle()
     load_shards(state, folder, SPMDLoadPlanner())
+    _settle()
+
+
+def _settle() -> None:
+    """Wait until every tensor has its value on the devices.
+
+    ``sync(wait=True)`` waits for what it starts itself, which is nothing where an earlier sync is still under way; the
+    shards of a tensor under way cannot be asked for ("an async operation is in flight").
+    """
     torch_xla.sync(wait=True)
+    xm.wait_device_ops()
 
 
 class _SavePlanner(SPMDSavePlanner):  # type: ignore[misc]

@@ -22,7 +22,7 @@ def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
     )
     name, _ = launch.choose_backend(config)
     launch.prepare_environment(name)
-    return {"export": export, "nonfinite": nonfinite, "uneven": uneven}[task](config, name, folder)
+    return {"export": export, "nonfinite": nonfinite, "reload": reload, "uneven": uneven}[task](config, name, folder)
 
 
 def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
@@ -88,6 +88,23 @@ def nonfinite(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     last = backend.step([backend.put_batch(_rows(1, 4))], 1e-2)
     metrics = backend.read([first, skipped, last])
     return {"applied": [m.applied for m in metrics], "unchanged": before == after, "moved": _digest(backend) != after}
+
+
+def reload(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Place the model and load a checkpoint at once, as a resume does, many times over."""
+    from numina_finetune.models.load import load_model, load_tokenizer
+
+    backend, tokenizer = _backend(config, name), load_tokenizer(config)
+    backend.place(load_model(config, tokenizer), config)
+    backend.step([backend.put_batch(_rows(0, 4))], 1e-2)
+    backend.save(folder / "state")
+    saved = _digest(backend)
+    loaded = []
+    for _ in range(25):
+        backend.place(load_model(config, tokenizer), config)
+        backend.load(folder / "state")
+        loaded.append(_digest(backend) == saved)
+    return {"loaded": loaded}
 
 
 def uneven(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:

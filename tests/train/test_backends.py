@@ -50,6 +50,10 @@ def test_a_non_finite_step_changes_nothing_and_is_reported(tmp_path: Path, devic
     assert result == {"applied": [True, False, True], "unchanged": True, "moved": True}
 
 
+def test_a_resume_waits_for_the_placement_that_is_still_under_way(tmp_path: Path) -> None:
+    assert live("reload", tmp_path, 4)["loaded"] == [True] * 25
+
+
 @pytest.mark.parametrize("devices", DEVICES)
 def test_micro_batches_weigh_by_their_supervised_tokens(tmp_path: Path, devices: int | None) -> None:
     result = live("uneven", tmp_path, devices)
