@@ -23,10 +23,13 @@ TINY = [
 
 
 def real_data() -> Path:
-    """The folder of real test data; skips the test where it is absent."""
-    folder = Path(os.environ.get("NUMINA_TEST_DATA") or ROOT.parent / "shared" / "data")
+    """The folder of real test data; skips the test where there is none, fails it where the one named is absent."""
+    named = os.environ.get("NUMINA_TEST_DATA")
+    folder = Path(named or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
-        pytest.skip("the test data is not here: set NUMINA_TEST_DATA to its folder")
+        if named:
+            pytest.fail(f"NUMINA_TEST_DATA={named} is no folder")
+        pytest.skip(f"the real data is not here: set NUMINA_TEST_DATA (looked in {folder})")
     return folder
 
 

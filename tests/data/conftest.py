@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-REAL_DATA = Path(os.environ.get("NUMINA_TEST_DATA") or Path(__file__).resolve().parents[2] / ".." / "shared" / "data")
+from tests import conftest
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    if not REAL_DATA.is_dir():
-        pytest.skip(f"the real data is not here: set NUMINA_TEST_DATA (looked in {REAL_DATA})")
-    return REAL_DATA
+    return conftest.real_data()
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from numina_finetune.evaluation import answers_match, extract_answer
 from numina_finetune.evaluation.answers import majority_baseline, wilson_interval, wilson_lower
-
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("NUMINA_TEST_DATA", ROOT.parent / "shared" / "data"))
+from tests.conftest import real_data
 
 
 @pytest.mark.parametrize(
@@ -67,9 +63,7 @@ def test_an_unknown_style_is_refused() -> None:
 
 
 def test_extraction_and_verdicts_agree_with_the_recorded_ones_on_real_responses() -> None:
-    path = DATA / "answer_check" / "gsm8k_metric_cases.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no test data at {path}")
+    path = real_data() / "answer_check" / "gsm8k_metric_cases.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines():
         case = json.loads(line)
         strict = extract_answer(case["response"]) or "[invalid]"
@@ -81,9 +75,7 @@ def test_extraction_and_verdicts_agree_with_the_recorded_ones_on_real_responses(
 
 
 def test_every_gsm8k_solution_has_its_answer() -> None:
-    path = DATA / "gsm8k" / "test.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no test data at {path}")
+    path = real_data() / "gsm8k" / "test.jsonl"
     answers = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
     assert all(answers_match(answer.split("#### ")[1], extract_answer(answer)) for answer in answers)
 
