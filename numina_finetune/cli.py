@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
-from numina_finetune.config import RunConfig, flag, load_yaml
+from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 
 DEFAULT_COMMAND = "train"
@@ -27,10 +27,15 @@ _SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
     "dataset_split": ("split", str, "Split to train on; train if unset."),
     "dataset_revision": ("revision", str, "Branch, tag or commit of a hub dataset."),
     "dataset_weight": ("weight", float, "Share of the rows; all in proportion to their size if unset."),
-    "format": ("format", str, "auto, qa, gsm8k, math, numina_cot, numina_1.5 or messages."),
+    "dataset_max_samples": ("max_samples", int, "At most so many samples of the dataset, chosen by the seed."),
+    "format": ("format", str, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}."),
     "messages_field": ("messages_field", str, "Column of the chat messages."),
     "question_field": ("question_field", str, "Column of the question."),
     "answer_field": ("answer_field", str, "Column of the answer."),
+    "tool_calls_field": ("tool_calls_field", str, "Column of OpenAI tool calls, made before the answer."),
+    "tool_name_field": ("tool_name_field", str, "Column of the called tools' names."),
+    "tool_input_field": ("tool_input_field", str, "Column of the tools' inputs."),
+    "tool_output_field": ("tool_output_field", str, "Column of the tools' outputs."),
 }
 """Options that are given once, or once for each --dataset-name: the SourceConfig field, its type, and help."""
 
@@ -44,16 +49,18 @@ class _DefaultCommandGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+_CONTEXT = {
+    # Hugging Face users type --max_steps as often as --max-steps.
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
+
 app = typer.Typer(
     cls=_DefaultCommandGroup,
     add_completion=False,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
-    # Hugging Face users type --max_steps as often as --max-steps.
-    context_settings={
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-        "help_option_names": ["-h", "--help"],
-    },
+    context_settings=_CONTEXT,
     help=(
         "Fine-tune language models for mathematics on TPUs, GPUs and CPUs. "
         "Without a command: train, whose options `numina-finetune train --help` lists."
@@ -108,6 +115,45 @@ def _train(config: str | None, **given: Any) -> int:
         return int(train(run_config, _backend_factory(name), notice))
 
 
+def _prepare(config: str | None, **given: Any) -> int:
+    """Fill the cache with the tokenised data, and say what came of the rows."""
+    from numina_finetune.data_commands import run_prepare
+
+    return int(run_prepare(_data_config(config, given)))
+
+
+def _check(config: str | None, **given: Any) -> int:
+    """Look for benchmarks' questions in the data (--against); exit code 3 if there are any and they stay."""
+    from numina_finetune.data_commands import run_check
+
+    return int(run_check(_data_config(config, given)))
+
+
+def _preview(config: str | None, rows: int | None, color: bool | None, ids: bool | None, **given: Any) -> int:
+    """Print the first rows of each dataset as the model will see them; targets are coloured."""
+    from numina_finetune.data_commands import run_preview
+
+    colored = color if color is not None else sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return int(run_preview(_data_config(config, given), rows or 3, color=colored, show_ids=bool(ids)))
+
+
+def _report(config: str | None, report_dir: str | None, **given: Any) -> int:
+    """Write counts by source and reason, lengths (also as a picture), and the first quarantined rows."""
+    from numina_finetune.data_commands import run_report
+
+    return int(run_report(_data_config(config, given), Path(report_dir or "data-report")))
+
+
+def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
+    """What the ``data`` commands were asked for; no device library is loaded for them."""
+    launch.prepare_environment("native")
+    faults: list[str] = []
+    config = resolve_config(yaml_path, given, faults)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
 def _backend_factory(name: str) -> Callable[[RunConfig], Any]:
     """The one place that knows every backend; each imports its device library only when chosen."""
     if name == "xla":
@@ -156,8 +202,8 @@ def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[st
     """
     mapping = load_yaml(yaml_path) if yaml_path else {}
     source_options = {name: given.pop(name) for name in _SOURCE_OPTIONS}
-    bf16 = given.pop("bf16")
-    mapping |= {name: value for name, value in given.items() if value is not None}
+    bf16 = given.pop("bf16", None)
+    mapping |= {name: value for name, value in given.items() if value not in (None, [])}
     if bf16 is not None:
         wanted = "bf16" if bf16 else "fp32"
         if mapping.get("precision", wanted) != wanted:
@@ -195,30 +241,30 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
     return sources
 
 
-def _train_command() -> Callable[..., int]:
-    """``_train`` with one option for each field of RunConfig, so that no option is written down twice."""
+def _command(run: Callable[..., int], doc: str | None, chosen: Sequence[Field[Any]], *more: Any) -> Callable[..., int]:
+    """``run(yaml path, **options)`` with one option for each chosen field, so that no option is written down twice."""
     parameters = [
         _parameter("config", str, "YAML file with the same names; options given here win.", "Run"),
         *(_parameter(name, kind, text, "Data", repeated=True) for name, (_, kind, text) in _SOURCE_OPTIONS.items()),
-        *(_field_parameter(f) for f in fields(RunConfig) if f.name != "datasets"),
-        _parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model"),
+        *(_field_parameter(f) for f in chosen),
+        *more,
     ]
 
     def command(**options: Any) -> int:
-        return _train(options.pop("config"), **options)
+        return run(options.pop("config"), **options)
 
-    command.__doc__ = _train.__doc__
+    command.__doc__ = doc
     command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
 def _field_parameter(f: Field[Any]) -> inspect.Parameter:
-    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    kinds = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": str}
     kind = kinds[str(f.type).removesuffix(" | None")]
     default = f.default if f.default is not MISSING else None
-    text = f.metadata["help"] + (f" [default: {default}]" if default not in (None, "") else "")
-    return _parameter(f.name, kind, text, f.metadata["group"])
+    text = f.metadata["help"] + (f" [default: {default}]" if default not in (None, "", ()) else "")
+    return _parameter(f.name, kind, text, f.metadata["group"], repeated=str(f.type).startswith("tuple"))
 
 
 def _parameter(name: str, kind: type, text: str, group: str, *, repeated: bool = False) -> inspect.Parameter:
@@ -233,4 +279,27 @@ def _parameter(name: str, kind: type, text: str, group: str, *, repeated: bool =
     )
 
 
-app.command(DEFAULT_COMMAND)(_train_command())
+_PREVIEW_OPTIONS = (
+    _parameter("rows", int, "Rows of each dataset. [default: 3]", "Output"),
+    _parameter("color", bool, "Colour the targets; by default where the output is a terminal.", "Output"),
+    _parameter("ids", bool, "Print the token ids too.", "Output"),
+)
+_BF16 = _parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model")
+_FIELDS = [f for f in fields(RunConfig) if f.name != "datasets"]
+_DATA_FIELDS = [
+    f
+    for f in _FIELDS
+    if f.metadata["group"] == "Data" or f.name in ("model_name", "model_revision", "tokenizer_name", "seed")
+]
+
+app.command(DEFAULT_COMMAND)(_command(_train, _train.__doc__, _FIELDS, _BF16))
+
+data_app = typer.Typer(help="Prepare and look at data, without a model or a device.", context_settings=_CONTEXT)
+app.add_typer(data_app, name="data")
+for _name, _run, *_more in (
+    ("prepare", _prepare),
+    ("check", _check),
+    ("preview", _preview, *_PREVIEW_OPTIONS),
+    ("report", _report, _parameter("report_dir", str, "Folder of the report.", "Output")),
+):
+    data_app.command(_name)(_command(_run, _run.__doc__, _DATA_FIELDS, *_more))

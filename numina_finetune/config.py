@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import yaml
 
 from numina_finetune.errors import ConfigError
 
-FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "messages")
+FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "numina_tir", "messages")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant")
 BACKENDS = ("auto", "xla", "native")
 TRACKERS = ("none", "wandb", "tensorboard")
-GSM8K_STYLES = ("plain", "annotated")
-OVERLONG = ("drop", "truncate")
+GSM8K_STYLES = ("plain", "annotated", "calculator")
+TIR_STYLES = ("tool_calls", "text")
+OVERLONG = ("drop", "truncate", "split-error")
+CHAT_FAMILIES = ("auto", "qwen3", "harmony", "template")
+REASONING_EFFORTS = ("low", "medium", "high")
 MESH_AXES = ("dcn", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("dcn", "data", "fsdp")
 """The mesh axes over which the rows of a batch are split; their product is the data-parallel size."""
@@ -35,6 +39,8 @@ ALIASES = {
     "openai/oss-120b": "openai/gpt-oss-120b",
     "AI-MO/NuminaMath": "AI-MO/NuminaMath-CoT",
     "gsm8k": "openai/gsm8k",
+    "math": "DigitalLearningGmbH/MATH-lighteval",
+    "math500": "HuggingFaceH4/MATH-500",
 }
 """Names that users type from memory, and the hub's own."""
 
@@ -57,11 +63,21 @@ class SourceConfig:
     format: str = "auto"
     weight: float | None = None
     """Share of the rows this source gives; None everywhere = every row once an epoch."""
+    max_samples: int | None = None
+    """At most so many of its samples, chosen by the seed; None = all."""
     messages_field: str = "messages"
     question_field: str | None = None
     """Column of the question; None = the format's own."""
     answer_field: str | None = None
     """Column of the answer; None = the format's own."""
+    tool_calls_field: str | None = None
+    """Column of OpenAI tool calls, all made in one turn before the answer."""
+    tool_name_field: str | None = None
+    """Column of the names of the tools that are called; None = python."""
+    tool_input_field: str | None = None
+    """Column of the inputs of sequential tool calls."""
+    tool_output_field: str | None = None
+    """Column of the results of the tool calls."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +102,37 @@ class RunConfig:
     )
     system_prompt: str | None = option(None, "System message put before every conversation that has none.", "Data")
     gsm8k_style: str = option(
-        "plain", "plain strips GSM8K's <<48/2=24>> annotations; annotated keeps them as text.", "Data"
+        "plain",
+        "GSM8K's <<48/2=24>>: plain strips it, annotated keeps it as text, calculator makes it a tool call.",
+        "Data",
     )
     max_seq_length: int = option(1024, "Tokens in a row of the batch; one fixed shape for the whole run.", "Data")
-    overlong: str = option("drop", "Samples longer than --max-seq-length: drop (and count) or truncate.", "Data")
+    tir_style: str = option(
+        "tool_calls", "NuminaMath-TIR's code blocks: tool_calls, or text (one turn, results out of the loss).", "Data"
+    )
+    chat_family: str = option("auto", "Chat layout: auto, qwen3, harmony (gpt-oss) or template.", "Data")
+    chat_date: str = option("2025-06-28", "Today's date, as system messages give it: YYYY-MM-DD.", "Data")
+    reasoning_effort: str = option("medium", "What gpt-oss's system message asks for: low, medium or high.", "Data")
+    against: tuple[str, ...] = option(
+        (), "Benchmark whose questions are looked for in the data, such as gsm8k:test; may be repeated.", "Data"
+    )
+    decontaminate: bool = option(False, "Drop the rows whose questions stand in an --against benchmark.", "Data")
+    overlong: str = option(
+        "drop",
+        "Samples longer than --max-seq-length: drop, truncate (behind the last assistant turn that fits) or "
+        "split-error (stop, naming them).",
+        "Data",
+    )
     packing: bool = option(True, "Several samples in one row, attention kept apart.", "Data")
-    cache_dir: str | None = option(None, "Where tokenised data is cached, by content.", "Data", identity=False)
+    cache_dir: str | None = option(
+        None, "Folder or gs://bucket/prefix where tokenised data is cached, by content.", "Data", identity=False
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that prepare data; for large sources, the number of cores if unset.", "Data", identity=False
+    )
+    streaming: bool = option(
+        False, "Read the datasets as streams, without a copy on this disk.", "Data", identity=False
+    )
     # Optimisation
     per_device_train_batch_size: int = option(
         8, "Rows a device takes in one micro-batch.", "Optimisation", identity=False
@@ -217,6 +258,9 @@ class RunConfig:
             "backend": BACKENDS,
             "optim": ("adamw",),
             "gsm8k_style": GSM8K_STYLES,
+            "tir_style": TIR_STYLES,
+            "chat_family": CHAT_FAMILIES,
+            "reasoning_effort": REASONING_EFFORTS,
             "overlong": OVERLONG,
         }
         faults = [
@@ -266,8 +310,12 @@ class RunConfig:
             faults.append(f"--max-steps {self.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
         if not 0 < self.num_train_epochs < math.inf:
             faults.append(f"--num-train-epochs {self.num_train_epochs} is out of range: use more than 0")
-        if self.global_batch_size is not None and self.global_batch_size < 1:
-            faults.append(f"--global-batch-size {self.global_batch_size} is too small: use 1 or more")
+        for name in ("global_batch_size", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{flag(name)} {value} is too small: use 1 or more")
+        if not _is_date(self.chat_date):
+            faults.append(f"--chat-date {self.chat_date!r} is no date: write it as 2025-06-28")
         return faults
 
     def _contradictions(self) -> list[str]:
@@ -292,6 +340,8 @@ class RunConfig:
                 f"--global-batch-size {self.global_batch_size} and --gradient-accumulation-steps "
                 f"{self.gradient_accumulation_steps} both set the accumulation: keep one"
             )
+        if self.decontaminate and not self.against:
+            faults.append("--decontaminate has no benchmark to look for: add --against, such as --against gsm8k:test")
         if self.output_dir.startswith("gs://"):
             faults.append(f"--output-dir {self.output_dir} is not a local folder: give one")
         if self.run_id is not None and (not self.run_id.strip() or "/" in self.run_id or self.run_id.startswith(".")):
@@ -304,6 +354,7 @@ class RunConfig:
         """Plain data with the YAML's names."""
         mapping = dataclasses.asdict(self)
         mapping["datasets"] = [dataclasses.asdict(source) for source in self.datasets]
+        mapping["against"] = list(self.against)
         return mapping
 
     @staticmethod
@@ -356,12 +407,21 @@ def load_yaml(path: str) -> dict[str, Any]:
     return mapping
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _source_faults(source: SourceConfig) -> list[str]:
     faults = []
     if source.format not in FORMATS:
         faults.append(f"--format {source.format!r} (dataset {source.name}) is unknown: use one of {', '.join(FORMATS)}")
     if source.weight is not None and not (source.weight > 0 and math.isfinite(source.weight)):
         faults.append(f"--dataset-weight {source.weight} (dataset {source.name}) is too small: use more than 0")
+    if source.max_samples is not None and source.max_samples < 1:
+        faults.append(f"--dataset-max-samples {source.max_samples} (dataset {source.name}) is too small: use 1 or more")
     return faults
 
 
@@ -399,6 +459,10 @@ def _convert(annotation: str, value: Any) -> Any:
         if isinstance(value, bool):
             raise TypeError
         return float(value)  # YAML reads 1e-5 as text
+    if kind.startswith("tuple"):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise TypeError
+        return tuple(value)
     if not isinstance(value, str):
         raise TypeError
     return value

@@ -6,16 +6,13 @@ torch_xla is installed, and only ``USE_TORCH_XLA=false`` in the environment at i
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import signal
 from pathlib import Path
 
 from numina_finetune.config import RunConfig
-
-_PR_SET_PDEATHSIG = 1
-"""``prctl`` option: the signal a process gets when its parent dies (linux/prctl.h)."""
+from numina_finetune.process_tree import die_with_parent
 
 
 def launcher() -> str | None:
@@ -33,12 +30,8 @@ def stop_with_launcher() -> None:
     ``accelerate launch`` does not forward SIGTERM: without this, stopping it would orphan the training, which would
     go on (and write checkpoints) unseen.
     """
-    if launcher() is None:
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGTERM)
+    if launcher() is not None:
+        die_with_parent(signal.SIGTERM)
 
 
 def choose_backend(config: RunConfig) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Load -> format -> validate -> render, once, into a token index on disk.
+"""Load -> prepare, once, into a token index on disk.
 
 The index is found again by its cache key: the content of the sources, the options, the tokenizer and the version of
 this room's output. What it holds is named by its data key, the hash of the tokens themselves; that is what a resumed
@@ -10,72 +10,103 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
+import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
+from tqdm import tqdm
 
+from numina_finetune import storage
 from numina_finetune.config import SourceConfig
-from numina_finetune.data.chat import Rendered, render_many
-from numina_finetune.data.conversation import Conversation
+from numina_finetune.data.contamination import Contamination, build_benchmark, question_of
 from numina_finetune.data.formats import column_faults, format_example, recognise
-from numina_finetune.data.sources import load_rows, resolve_source, source_kind
+from numina_finetune.data.prepare import Drops, IndexOptions, Preparation, Prepared, Rows
+from numina_finetune.data.shared_cache import fetch_or_build
+from numina_finetune.data.sources import benchmark_source, content_key, load_rows, resolve_source
 from numina_finetune.data.token_index import ARRAYS, GrowingArray, TokenIndex, digest, open_index, sync
-from numina_finetune.data.tool_calls import validate_messages, without_none
+from numina_finetune.data.tool_columns import ToolColumns
+from numina_finetune.data.workers import ordered_map
 from numina_finetune.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-DATA_VERSION = 1
+log = logging.getLogger(__name__)
+
+DATA_VERSION = 2
 """Raised whenever the same rows would give other tokens; every cached index is then built anew."""
 
 CHUNK_ROWS = 512
-"""Rows tokenised in one call."""
+"""Rows prepared at once."""
 
+ROWS_WORTH_WORKERS = 50_000
+"""Rows of a source from which starting worker processes pays; each takes seconds to import its libraries."""
 
-@dataclass(frozen=True)
-class IndexOptions:
-    """What, besides the rows and the tokenizer, decides the tokens."""
-
-    max_seq_length: int
-    overlong: str = "drop"
-    """``drop`` or ``truncate`` samples of more than ``max_seq_length`` tokens."""
-    system_prompt: str | None = None
-    gsm8k_style: str = "plain"
-    family: str = "auto"
+_OVERLONG_NAMED = 10
+"""Rows that the error of ``split-error`` names."""
 
 
 def build_index(
-    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase, options: IndexOptions, cache_dir: Path
+    sources: Sequence[SourceConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    options: IndexOptions,
+    cache_dir: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    streaming: bool = False,
 ) -> TokenIndex:
     """The sources' samples as tokens, from the cache where they are there.
 
-    Processes may build the same index at the same time; the first to finish provides it.
+    One process builds, others that want the same index wait for it. A build that was killed leaves nothing that a
+    later one would read.
+
+    Args:
+        cache_dir: a folder, or ``gs://bucket/prefix``, which hosts share and copy to their own default folder; None =
+            that default, ``numina_finetune`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
+        workers: processes that prepare rows; None = as many as there are cores, for sources that are worth it.
+        streaming: read hub datasets and files as streams, without a copy of them on disk.
 
     Raises:
         DataError: a source does not exist, or gave no sample (with the reasons).
         OSError, or the network library's own: the hub could not be reached.
     """
     sources = [resolve_source(source) for source in sources]
-    cache_dir = Path(cache_dir).expanduser()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    contents = [_content_key(source) for source in sources]
-    folder = cache_dir / _cache_key(sources, contents, tokenizer, options)
-    if not folder.exists():
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
-        try:
-            _write_index(building / "index", sources, tokenizer, options, building / "rows")
-            _move_unless_there(building / "index", folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return open_index(folder)
+    key = _cache_key(sources, tokenizer, options, streaming)
+
+    def build(folder: Path) -> None:
+        _write_index(folder, sources, tokenizer, options, workers, streaming)
+
+    if str(cache_dir).startswith("gs://"):
+        return open_index(fetch_or_build(str(cache_dir), key, _default_cache(), build))
+    local = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+    return open_index(_built_once(local, key, build))
+
+
+def load_contamination(names: Sequence[str]) -> Contamination | None:
+    """The questions of benchmarks such as ``gsm8k:test``; None for no name.
+
+    Raises:
+        DataError: a benchmark does not exist, or its rows are no questions.
+    """
+    if not names:
+        return None
+    benchmarks = []
+    for name in names:
+        source = benchmark_source(name)
+        rows = load_rows(source)
+        source = with_format(source, rows)
+        questions = (question_of(format_example(row, format=source.format)["messages"]) for row in rows)
+        benchmarks.append(build_benchmark(name, questions))
+    return Contamination(benchmarks)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,38 +121,79 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(json.dumps(state, sort_keys=True, default=str).encode())
 
 
+@dataclass
 class _SourceReport:
     """What became of one source's rows."""
 
-    def __init__(self, source: SourceConfig) -> None:
-        self.source = source
-        self.rows = self.truncated = self.supervised = 0
-        self.dropped: dict[str, dict[str, Any]] = {}
-        self.lengths: list[int] = []
+    source: SourceConfig
+    rows: int = 0
+    truncated: int = 0
+    supervised: int = 0
+    drops: Drops = field(default_factory=Drops)
+    overlaps: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lengths: list[np.ndarray[Any, np.dtype[np.int64]]] = field(default_factory=list)
+    overlong: list[tuple[int, int]] = field(default_factory=list)
 
-    def drop(self, problem: str) -> None:
-        """Counts the row that was read last, under its reason; the first one is the example."""
-        entry = self.dropped.setdefault(_reason(problem), {"count": 0, "example": f"row {self.rows - 1}: {problem}"})
-        entry["count"] += 1
-
-    def keep(self, length: int, supervised: int) -> None:
-        self.lengths.append(length)
-        self.supervised += supervised
+    def add(self, prepared: Prepared) -> None:
+        self.rows += prepared.rows
+        self.truncated += prepared.truncated
+        self.supervised += prepared.supervised
+        self.drops.merge(prepared.drops)
+        self.overlaps += prepared.overlaps
+        self.lengths.append(prepared.lengths)
+        self.overlong += prepared.overlong
 
     def summary(self) -> dict[str, Any]:
-        quantiles = np.quantile(self.lengths, [0.5, 0.9, 0.99, 1], method="nearest").tolist() if self.lengths else []
+        lengths = np.concatenate([np.empty(0, dtype=np.int64), *self.lengths])
+        quantiles = np.quantile(lengths, [0.5, 0.9, 0.99, 1], method="nearest").tolist() if len(lengths) else []
         return {
             "name": self.source.name,
             "split": self.source.split,
             "format": self.source.format,
             "rows": self.rows,
-            "kept": len(self.lengths),
+            "kept": len(lengths),
             "truncated": self.truncated,
-            "dropped": self.dropped,
-            "tokens": sum(self.lengths),
+            "dropped": self.drops.summary(),
+            "overlaps": {f"{benchmark} ({kind})": count for (benchmark, kind), count in sorted(self.overlaps.items())},
+            "tokens": int(lengths.sum()),
             "supervised_tokens": self.supervised,
             "length_quantiles": dict(zip(("p50", "p90", "p99", "max"), quantiles, strict=False)),
         }
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _built_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of ``key``, built here unless it is there or another process is building it."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / key
+    if folder.exists():
+        return folder
+    lock = filelock.FileLock(cache_dir / f".{key}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        log.info("another process is preparing this data: waiting for it")
+        lock.acquire()
+    try:
+        if not folder.exists():
+            for left in cache_dir.glob(f".{key}-*"):  # by a build that was killed: nobody else holds the lock
+                shutil.rmtree(left, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache_dir))
+            try:
+                build(building / "index")
+                (building / "index").rename(folder)
+                storage.sync_folder(cache_dir)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    finally:
+        lock.release()
+    return folder
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numina_finetune"
 
 
 def _write_index(
@@ -129,22 +201,29 @@ def _write_index(
     sources: Sequence[SourceConfig],
     tokenizer: PreTrainedTokenizerBase,
     options: IndexOptions,
-    rows_folder: Path,
+    workers: int | None,
+    streaming: bool,
 ) -> None:
+    """Writes the arrays and the report into a new folder."""
     folder.mkdir()
+    contamination = load_contamination(options.against)
     arrays = {name: GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
     arrays["offsets"].append([0])
     end = 0
     summaries = []
     for position, source in enumerate(sources):
-        rows = load_rows(source, rows_folder)
-        report = _SourceReport(_with_format(source, rows))
-        for sample in _samples(rows, report, tokenizer, options):
-            end += len(sample.input_ids)
-            arrays["input_ids"].append(sample.input_ids)
-            arrays["loss_mask"].append(sample.loss_mask)
-            arrays["offsets"].append([end])
-            arrays["source_of"].append([position])
+        with tempfile.TemporaryDirectory(prefix=".rows-", dir=folder.parent) as rows_folder:
+            rows = load_rows(source, Path(rows_folder), streaming=streaming)
+            source = with_format(source, rows)
+            report = _SourceReport(source)
+            for prepared in _prepared(rows, Preparation(source, tokenizer, options, contamination), workers):
+                report.add(prepared)
+                arrays["input_ids"].append(prepared.input_ids)
+                arrays["loss_mask"].append(prepared.loss_mask)
+                arrays["offsets"].append(end + np.cumsum(prepared.lengths))
+                arrays["source_of"].append(np.full(len(prepared.lengths), position))
+                end += len(prepared.input_ids)
+        _refuse_overlong(report, options)
         summaries.append(report.summary())
     hashes = [array.close() for array in arrays.values()]
     _refuse_empty(summaries)
@@ -155,79 +234,53 @@ def _write_index(
         sync(file)
 
 
-def _samples(
-    rows: Dataset, report: _SourceReport, tokenizer: PreTrainedTokenizerBase, options: IndexOptions
-) -> Iterator[Rendered]:
-    """The rows that can be trained on, rendered; the others go into the report."""
-    for chunk in _chunks(rows):
-        conversations = [_conversation_or_error(row, report.source, options) for row in chunk]
-        good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
-        rendered = iter(render_many(good, tokenizer, family=options.family))
-        for conversation in conversations:
-            report.rows += 1
-            result = next(rendered) if isinstance(conversation, Conversation) else conversation
-            sample = _fitted(result, report, options)
-            if sample is not None:
-                report.keep(len(sample.input_ids), sum(sample.loss_mask[1:]))
-                yield sample
+def _prepared(rows: Dataset | IterableDataset, preparation: Preparation, workers: int | None) -> Iterator[Prepared]:
+    """The rows' samples, a chunk at a time, with a progress bar where there is a terminal."""
+    total = rows.num_rows if hasattr(rows, "num_rows") else None
+    if workers is None:
+        worth = total is None or total >= ROWS_WORTH_WORKERS
+        workers = len(os.sched_getaffinity(0)) if worth else 1
+    with tqdm(total=total, desc=preparation.source.name, unit="rows", disable=None, dynamic_ncols=True) as bar:
+        for prepared in ordered_map(preparation, _chunks(rows), workers):
+            bar.update(prepared.rows)
+            yield prepared
 
 
-def _fitted(result: Rendered | DataError, report: _SourceReport, options: IndexOptions) -> Rendered | None:
-    """The sample within the length limit, or None if it was dropped."""
-    if isinstance(result, DataError):
-        report.drop(result.problems[0])
-        return None
-    limit = options.max_seq_length
-    if len(result.input_ids) > limit:
-        if options.overlong == "drop":
-            report.drop(f"{len(result.input_ids)} tokens are more than --max-seq-length {limit}")
-            return None
-        report.truncated += 1
-        result = Rendered(result.input_ids[:limit], result.loss_mask[:limit])
-    if not any(result.loss_mask[1:]):  # the first token is nobody's target
-        report.drop(f"no supervised token within --max-seq-length {limit}")
-        return None
-    return result
-
-
-def _chunks(rows: Dataset) -> Iterator[list[dict[str, Any]]]:
+def _chunks(rows: Dataset | IterableDataset) -> Iterator[Rows]:
+    first = 0
     for columns in rows.iter(CHUNK_ROWS):
         names = list(columns)
-        yield [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        chunk = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield Rows(first, chunk)
+        first += len(chunk)
 
 
-def _conversation_or_error(
-    row: dict[str, Any], source: SourceConfig, options: IndexOptions
-) -> Conversation | DataError:
-    try:
-        example = format_example(
-            row,
-            format=source.format,
-            question_field=source.question_field,
-            answer_field=source.answer_field,
-            messages_field=source.messages_field,
-            system_prompt=options.system_prompt,
-            gsm8k_style=options.gsm8k_style,
-        )
-        return Conversation(validate_messages(example["messages"], example["tools"]), without_none(example["tools"]))
-    except DataError as error:
-        return error
-
-
-def _with_format(source: SourceConfig, rows: Dataset) -> SourceConfig:
+def with_format(source: SourceConfig, rows: Dataset | IterableDataset) -> SourceConfig:
     """The source with ``auto`` replaced by what its first row is; its columns fit.
 
     Raises:
         DataError: the columns do not fit, or there is no row.
     """
-    if not len(rows):
+    row = next(iter(rows), None)
+    if row is None:
         raise DataError(f"dataset {source.name}, split {source.split}, has no rows")
-    if faults := column_faults(rows.column_names, source):
+    if faults := column_faults(list(row), source):
         raise DataError(faults)
     if source.format != "auto":
         return source
     fields = (source.question_field, source.answer_field, source.messages_field)
-    return replace(source, format=recognise(rows[0], *fields))
+    return replace(source, format=recognise(row, *fields, ToolColumns.of(source)))
+
+
+def _refuse_overlong(report: _SourceReport, options: IndexOptions) -> None:
+    if not report.overlong:
+        return
+    named = ", ".join(f"row {row} ({tokens} tokens)" for row, tokens in report.overlong[:_OVERLONG_NAMED])
+    more = " …" if len(report.overlong) > _OVERLONG_NAMED else ""
+    raise DataError(
+        f"--overlong split-error: {len(report.overlong)} rows of dataset {report.source.name} have more tokens than "
+        f"--max-seq-length {options.max_seq_length} ({named}{more}): raise it, or choose --overlong drop or truncate"
+    )
 
 
 def _refuse_empty(summaries: list[dict[str, Any]]) -> None:
@@ -235,8 +288,10 @@ def _refuse_empty(summaries: list[dict[str, Any]]) -> None:
     faults = []
     for summary in summaries:
         if not summary["kept"]:
-            dropped = summary["dropped"].items()
-            reasons = [f"{entry['count']}x {reason} ({entry['example']})" for reason, entry in dropped]
+            reasons = [
+                f"{entry['count']}x {reason} (row {entry['examples'][0]['row']}: {entry['examples'][0]['problem']})"
+                for reason, entry in summary["dropped"].items()
+            ]
             faults.append(
                 f"dataset {summary['name']}, split {summary['split']}, format {summary['format']}: none of its "
                 f"{summary['rows']} rows can be trained on: {'; '.join(reasons)}"
@@ -245,45 +300,16 @@ def _refuse_empty(summaries: list[dict[str, Any]]) -> None:
         raise DataError(faults)
 
 
-def _reason(problem: str) -> str:
-    """A problem without what is particular to its row, so that equal problems are counted together."""
-    problem = re.sub(r"'[^']*'|\"[^\"]*\"", "…", problem)
-    return re.sub(r"(?<![\w.-])\d+(?![\w.])", "N", problem)
-
-
 def _cache_key(
-    sources: Sequence[SourceConfig], contents: list[str], tokenizer: PreTrainedTokenizerBase, options: IndexOptions
+    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase, options: IndexOptions, streaming: bool
 ) -> str:
+    against = [benchmark_source(name) for name in options.against]
     inputs = {
         "version": DATA_VERSION,
-        "sources": [dataclasses.asdict(replace(source, weight=None)) for source in sources],
-        "contents": contents,
+        "sources": [dataclasses.asdict(replace(source, weight=None, max_samples=None)) for source in sources],
+        "contents": [content_key(source, streaming) for source in sources],
         "options": dataclasses.asdict(options),
+        "against": [content_key(source, streaming=False) for source in against],
         "tokenizer": tokenizer_hash(tokenizer),
     }
-    return digest(json.dumps(inputs, sort_keys=True).encode())[:32]
-
-
-def _content_key(source: SourceConfig) -> str:
-    """Hash of a local source's bytes; of a hub or generated dataset, what ``datasets`` knows it by."""
-    kind = source_kind(source.name)
-    path = Path(source.name).expanduser()
-    if kind == "file":
-        return _filedigest(path)
-    if kind == "folder":
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return digest("".join(f"{file.relative_to(path)}:{_filedigest(file)}\n" for file in files).encode())
-    return str(load_rows(source)._fingerprint)
-
-
-def _filedigest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _move_unless_there(built: Path, folder: Path) -> None:
-    try:
-        built.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]

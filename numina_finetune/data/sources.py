@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ from numina_finetune.data.formats import column_faults
 from numina_finetune.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,17 @@ def evaluation_source(config: RunConfig) -> SourceConfig | None:
     return replace(like, name=name, split=split or config.eval_split, weight=None)
 
 
+def benchmark_source(name: str) -> SourceConfig:
+    """``gsm8k:test``, ``name[split]`` or a file as a source; the split is ``test`` where none is named.
+
+    Only what stands behind the last colon without a slash in it is a split: a path may hold one.
+    """
+    head, colon, tail = name.rpartition(":")
+    if colon and "/" not in tail and head not in ("gs", "hf") and not Path(name).exists():
+        return resolve_source(SourceConfig(head, split=tail))
+    return resolve_source(SourceConfig(name, split="test"))
+
+
 @cache
 def _notice_alias(alias: str, name: str) -> None:
     log.warning("dataset %s is %s on the hub: using that", alias, name)
@@ -94,7 +106,8 @@ def preflight(sources: Sequence[SourceConfig], config: RunConfig) -> list[str]:
     """
     evaluation = evaluation_source(config)
     faults = [fault for source in sources for fault in _faults(resolve_source(source), "--dataset-name")]
-    return faults + (_faults(resolve_source(evaluation), "--eval-dataset-name") if evaluation else [])
+    faults += _faults(resolve_source(evaluation), "--eval-dataset-name") if evaluation else []
+    return faults + [fault for name in config.against for fault in _faults(benchmark_source(name), "--against")]
 
 
 def _faults(source: SourceConfig, flag: str) -> list[str]:
@@ -205,15 +218,47 @@ def _known_suffixes() -> str:
     return ", ".join(FILE_LOADERS)
 
 
+# --- content ----------------------------------------------------------------------------------------------------------
+
+
+def content_key(source: SourceConfig, streaming: bool) -> str:
+    """Hash of a local source's bytes; of a hub or generated dataset, what it is known by.
+
+    Raises:
+        OSError, or the network library's own: the hub could not be reached.
+    """
+    kind = source_kind(source.name)
+    path = Path(source.name).expanduser()
+    if kind == "file":
+        return _filedigest(path)
+    if kind == "folder":
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = "".join(f"{file.relative_to(path)}:{_filedigest(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    if kind == "hub" and streaming:
+        from huggingface_hub import HfApi
+
+        return str(HfApi().dataset_info(source.name, revision=source.revision).sha)
+    return str(load_rows(source)._fingerprint)
+
+
+def _filedigest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: SourceConfig, cache_dir: Path | None = None) -> Dataset:
+def load_rows(
+    source: SourceConfig, cache_dir: Path | None = None, *, streaming: bool = False
+) -> Dataset | IterableDataset:
     """The source's rows, as published.
 
     Args:
         source: a hub name, a folder (saved by ``datasets``, or of data files), a file, or ``synthetic-gsm8k``.
             A single file is every split.
+        streaming: rows of files and of the hub are read as they are asked for, and kept nowhere.
         cache_dir: where ``datasets`` keeps its Arrow form of local files; its own place if None.
 
     Raises:
@@ -229,7 +274,7 @@ def load_rows(source: SourceConfig, cache_dir: Path | None = None) -> Dataset:
     path = Path(source.name).expanduser()
     if kind == "folder" and _is_saved_dataset(path):
         return _saved_rows(source, path)
-    arguments: dict[str, Any] = {"split": source.split}
+    arguments: dict[str, Any] = {"split": source.split, "streaming": streaming}
     if kind != "hub" and cache_dir is not None:
         arguments["cache_dir"] = str(cache_dir)
     if kind == "file":
@@ -242,7 +287,7 @@ def load_rows(source: SourceConfig, cache_dir: Path | None = None) -> Dataset:
     return _load_dataset(source, arguments)
 
 
-def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset:
+def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset | IterableDataset:
     from datasets import DownloadMode, VerificationMode, load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -255,7 +300,7 @@ def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset:
             "verification_mode": VerificationMode.NO_CHECKS,
         }
     try:
-        rows: Dataset = load_dataset(**arguments)
+        rows: Dataset | IterableDataset = load_dataset(**arguments)
     except DatasetNotFoundError as error:
         raise DataError(
             f"--dataset-name {source.name} is not on the hub, or needs a login: check the name "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,12 +96,28 @@ def split_validation(index: TokenIndex, size: float, seed: int) -> tuple[TokenIn
     wanted = round(size * len(index)) if size < 1 else int(size)
     if not 0 < wanted < len(index):
         raise DataError(f"--validation-size {size:g} of {len(index)} samples leaves one part empty")
-    salt = seed.to_bytes(8, "little", signed=True)
-    hashes = np.array([_sample_hash(index.sample(number)[0], salt) for number in range(len(index))], dtype=np.uint64)
+    hashes = _sample_hashes(index, np.arange(len(index)), seed)
     held_out = hashes <= np.sort(hashes)[wanted - 1]
     if held_out.all():
         raise DataError(f"--validation-size {size:g}: the samples are too much alike to be split")
     return _part(index, ~held_out), _part(index, held_out)
+
+
+def cap_samples(index: TokenIndex, caps: Sequence[int | None], seed: int) -> TokenIndex:
+    """The index with at most so many samples of each source.
+
+    A hash of its tokens chooses among a source's samples, so that the choice does not depend on their order.
+
+    Args:
+        caps: one for each source; None = all of its samples.
+    """
+    chosen = np.ones(len(index), dtype=np.bool_)
+    for source, cap in enumerate(caps):
+        own = np.flatnonzero(index.sources == source)
+        if cap is not None and cap < len(own):
+            order = np.argsort(_sample_hashes(index, own, seed), kind="stable")
+            chosen[own[order[cap:]]] = False
+    return index if chosen.all() else _part(index, chosen)
 
 
 class GrowingArray:
@@ -141,6 +158,12 @@ def sync(file: Any) -> None:
     """Onto the disk: the folder's name must never outlive its content."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _sample_hashes(index: TokenIndex, samples: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """[samples], a hash of each one's tokens."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    return np.array([_sample_hash(index.sample(sample)[0], salt) for sample in samples.tolist()], dtype=np.uint64)
 
 
 def _sample_hash(input_ids: NDArray[np.int32], salt: bytes) -> int:

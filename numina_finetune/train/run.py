@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from numina_finetune.checkpoint.manager import Checkpoint, CheckpointManager, co
 from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.checkpoint.state import STATE_FOLDER, attach
-from numina_finetune.config import RunConfig
-from numina_finetune.data.dataset import IndexOptions, build_index, tokenizer_hash
+from numina_finetune.config import RunConfig, SourceConfig
+from numina_finetune.data.dataset import build_index, tokenizer_hash
 from numina_finetune.data.loader import Loader
+from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import evaluation_source, preflight
-from numina_finetune.data.token_index import TokenIndex, split_validation
+from numina_finetune.data.token_index import TokenIndex, cap_samples, split_validation
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.builtin import BUILTIN
@@ -173,19 +173,14 @@ def _prepare(
 
 
 def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    options = IndexOptions(
-        max_seq_length=config.max_seq_length,
-        overlong=config.overlong,
-        system_prompt=config.system_prompt,
-        gsm8k_style=config.gsm8k_style,
-    )
-    cache = _cache_folder(config)
-    index = build_index(config.datasets, tokenizer, options, cache)
+    index = _index(config, config.datasets, tokenizer)
+    index = cap_samples(index, [source.max_samples for source in config.datasets], config.seed)
     held_out: TokenIndex | None = None
     if config.validation_size:
         index, held_out = split_validation(index, config.validation_size, config.seed)
     elif source := evaluation_source(config):
-        held_out = build_index([source], tokenizer, options, cache)
+        # the benchmarks are what the run is evaluated on: they are looked for in the training data only
+        held_out = _index(replace(config, against=(), decontaminate=False), [source], tokenizer)
 
     def loader(part: TokenIndex, weights: list[float] | None, shuffle: bool) -> Loader:
         return Loader(
@@ -201,6 +196,17 @@ def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     weights = [source.weight for source in config.datasets if source.weight is not None]
     evaluation = loader(held_out, None, False) if held_out is not None else None
     return Data(index, loader(index, weights or None, True), evaluation)
+
+
+def _index(config: RunConfig, sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase) -> TokenIndex:
+    return build_index(
+        sources,
+        tokenizer,
+        IndexOptions.of(config),
+        config.cache_dir,
+        workers=config.preprocessing_num_workers,
+        streaming=config.streaming,
+    )
 
 
 def _claim(
@@ -292,12 +298,6 @@ def _describe(data: Data, plan: Plan) -> str:
         f"{plan.total_steps} optimizer steps of {batch.global_batch} rows "
         f"({batch.accumulation} x {batch.rows_per_micro_batch})"
     )
-
-
-def _cache_folder(config: RunConfig) -> Path:
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numina_finetune"
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

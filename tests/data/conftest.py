@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,14 @@ def real_rows(real_data: Path) -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def qwen3(real_data: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(real_data / "tokenizers" / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def gpt_oss(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    source, folder = real_data / "tokenizers" / "gpt-oss", tmp_path_factory.mktemp("gpt-oss")
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
 from numina_finetune.config import RunConfig, SourceConfig
-from numina_finetune.data import dataset as module
+from numina_finetune.data import prepare
 from numina_finetune.data import sources as sources_module
-from numina_finetune.data.dataset import IndexOptions, build_index, tokenizer_hash
+from numina_finetune.data.dataset import build_index, tokenizer_hash
+from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import load_rows, parse_source_name, preflight
 from numina_finetune.data.token_index import split_validation
 from numina_finetune.errors import DataError
@@ -51,7 +52,7 @@ def test_index_holds_every_row_rendered(gsm8k, tiny, tmp_path):
 
 def test_second_run_reads_the_cache_and_never_the_tokenizer(gsm8k, tiny, tmp_path, monkeypatch):
     first = build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
-    monkeypatch.setattr(module, "render_many", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(prepare, "renderer", lambda *_: pytest.fail("tokenised again"))
     again = build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
     assert again.data_key == first.data_key and arrays(again) == arrays(first)
 
@@ -87,28 +88,15 @@ def test_nothing_half_built_is_left_when_building_fails(gsm8k, tiny, tmp_path, m
     def broken(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "render_many", broken)
+    monkeypatch.setattr(prepare, "renderer", broken)
     with pytest.raises(KeyboardInterrupt):
         build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_the_first_of_two_concurrent_builders_provides_the_index(gsm8k, tiny, tmp_path, monkeypatch):
-    write = module._write_index
-
-    def overtaken(*arguments):
-        write(*arguments)
-        monkeypatch.setattr(module, "_write_index", write)
-        build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
-
-    monkeypatch.setattr(module, "_write_index", overtaken)
-    assert len(build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")) == 40
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_damaged_cache_is_refused_with_its_folder(gsm8k, tiny, tmp_path):
     build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     (folder / "offsets.npy").unlink()
     with pytest.raises(DataError, match=folder.name):
         build_index([gsm8k], tiny, OPTIONS, tmp_path / "cache")
@@ -120,7 +108,8 @@ def test_dropped_rows_are_counted_by_reason_with_an_example(tiny, tmp_path, writ
     (report,) = build_index([source], tiny, OPTIONS, tmp_path / "cache").report["sources"]
     ((reason, entry),) = report["dropped"].items()
     assert report["kept"] == 3 and entry["count"] == 2
-    assert "####" in reason and entry["example"].startswith("row 3: ")
+    assert "####" in reason and [example["row"] for example in entry["examples"]] == [3, 4]
+    assert json.loads(entry["examples"][1]["content"]) == bad[1]
 
 
 def test_overlong_samples_are_dropped_and_counted(tiny, tmp_path, write_jsonl):
@@ -128,15 +117,6 @@ def test_overlong_samples_are_dropped_and_counted(tiny, tmp_path, write_jsonl):
     index = build_index([dataclasses.replace(source, format="qa")], tiny, OPTIONS, tmp_path / "cache")
     assert len(index) == 2 and index.lengths.max() <= 1024
     assert "--max-seq-length" in next(iter(index.report["sources"][0]["dropped"]))
-
-
-def test_truncated_samples_keep_targets_or_are_dropped(tiny, tmp_path, write_jsonl):
-    rows = [{"question": "q", "answer": "x" * 1500}, {"question": "q" * 1500, "answer": "never reached"}]
-    source = SourceConfig(str(write_jsonl("long.jsonl", rows)))
-    index = build_index([source], tiny, dataclasses.replace(OPTIONS, overlong="truncate"), tmp_path / "cache")
-    (report,) = index.report["sources"]
-    assert index.lengths.tolist() == [1024] and index.sample(0)[1][-1]
-    assert sum(entry["count"] for entry in report["dropped"].values()) == 1
 
 
 def test_source_that_gives_nothing_is_an_error_with_the_reasons(gsm8k, tiny, tmp_path, write_jsonl):
@@ -207,7 +187,7 @@ def test_gsm8k_on_the_hub_gets_its_main_configuration_and_alias(monkeypatch, cap
     with caplog.at_level(logging.WARNING):
         load_rows(SourceConfig("gsm8k"))
         load_rows(SourceConfig("gsm8k"))
-    assert asked == {"path": "openai/gsm8k", "name": "main", "revision": None, "split": "train"}
+    assert asked == {"path": "openai/gsm8k", "name": "main", "revision": None, "split": "train", "streaming": False}
     assert len(caplog.records) == 1 and "openai/gsm8k" in caplog.text
 
 
@@ -304,15 +284,6 @@ def test_tokenizer_hash_follows_content_not_use(tiny):
 
 
 # --- real data
-
-
-@pytest.mark.parametrize(
-    ("name", "kept"), [("numina/numinamath_cot_rows.jsonl", 3), ("toolcalls/glaive_openai.jsonl", 155)]
-)
-def test_real_files_are_kept_whole(real_data, qwen3, tmp_path, name, kept):
-    options = IndexOptions(max_seq_length=16384)
-    index = build_index([SourceConfig(str(real_data / name))], qwen3, options, tmp_path / "cache")
-    assert len(index) == kept and index.report["sources"][0]["dropped"] == {}
 
 
 @pytest.mark.parametrize(("split", "kept"), [("train", 7473), ("test", 1319)])

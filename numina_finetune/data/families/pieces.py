@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
-from numina_finetune.data.conversation import Conversation
+from numina_finetune.data.conversation import REASONING_KEYS, Conversation
+from numina_finetune.errors import DataError
 
 
 class Piece(NamedTuple):
@@ -42,6 +46,60 @@ class Family(Protocol):
         """
         ...
 
-    def spans(self, conversation: Conversation) -> list[str]:
-        """What the runs of neighbouring supervised tokens must decode to, in order: the check of the loss mask."""
+    def mask_faults(self, conversation: Conversation, pieces: list[Piece], decoded: list[str]) -> list[str]:
+        """What is wrong with the loss mask; empty if nothing.
+
+        Args:
+            pieces: what ``pieces`` gave for the conversation.
+            decoded: the text of each run of neighbouring supervised tokens.
+        """
         ...
+
+
+def joined(pieces: Iterable[Piece]) -> list[str]:
+    """The text of each run of neighbouring supervised pieces."""
+    return [
+        "".join(piece.text for piece in run)
+        for supervised, run in groupby(pieces, key=lambda piece: piece.supervised)
+        if supervised
+    ]
+
+
+def span_faults(expected: list[str], decoded: list[str]) -> list[str]:
+    """The places where decoded targets differ from what they must say, after the normalisation that tokenizers do."""
+    if len(decoded) != len(expected):
+        return [f"the loss mask has {len(decoded)} runs of targets, needs {len(expected)}"]
+    return [
+        f"the supervised tokens of run {number} decode to {shortened(said)!r}, not to {shortened(wanted)!r}"
+        for number, (wanted, said) in enumerate(zip(expected, decoded, strict=True))
+        if not same_text(wanted, said)
+    ]
+
+
+def same_text(left: str, right: str) -> bool:
+    """Equal, or equal after the normalisation that tokenizers do (Qwen's to NFC)."""
+    return left == right or _normal(left) == _normal(right)
+
+
+def refuse_reasoning(conversation: Conversation) -> None:
+    """For layouts whose prompts turn thinking off: reasoning would be trained where inference never shows it.
+
+    Raises:
+        DataError: a message has reasoning apart from its content, or think tags in it.
+    """
+    for position, message in enumerate(conversation.messages):
+        if message["role"] != "assistant":
+            continue
+        if any(message.get(key) for key in REASONING_KEYS):
+            raise DataError(f"messages[{position}]: has separate reasoning, which is not trained on: put it in content")
+        content = message.get("content", "")
+        if "<think>" in content or "</think>" in content:
+            raise DataError(f"messages[{position}].content: holds <think> tags, but thinking is off in every prompt")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]} … {text[-50:]}"
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
