@@ -22,7 +22,7 @@ from numina_finetune.data.report import summary_lines, write_report
 from numina_finetune.data.sources import load_rows, preflight, resolve_source
 from numina_finetune.data.token_index import TokenIndex, cap_samples
 from numina_finetune.errors import ConfigError, DataError, ExitCode
-from numina_finetune.models.load import load_tokenizer
+from numina_finetune.models.tokenizer import load_tokenizer
 
 EXAMPLES_SHOWN = 3
 """Overlaps of each kind that ``check`` prints."""
@@ -85,9 +85,8 @@ def run_check(config: RunConfig) -> ExitCode:
                 continue
             counts[overlap.benchmark, overlap.kind] += 1
             if counts[overlap.benchmark, overlap.kind] <= EXAMPLES_SHOWN:
-                print(
-                    f"row {number} ~ {overlap.benchmark} row {overlap.index} ({overlap.kind}): {printable(overlap.text)}"
-                )
+                where = f"row {number} ~ {overlap.benchmark} row {overlap.index} ({overlap.kind})"
+                print(f"{where}: {printable(overlap.text)}")
         print(f"{source.name}[{source.split}]: {total} rows, {refused} of them no conversation")
         for benchmark in config.against:
             exact, ngram = counts[benchmark, "exact"], counts[benchmark, "ngram"]

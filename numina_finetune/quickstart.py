@@ -25,7 +25,8 @@ from numina_finetune.data.chat import render_prompt
 from numina_finetune.data.synthetic import generate_problems
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluation.accuracy import AccuracyReport, exact_match
-from numina_finetune.models.load import load_model, load_tokenizer
+from numina_finetune.models.load import load_model
+from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.plots import plot_loss, read_lives
 
 STEPS = 600

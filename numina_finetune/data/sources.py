@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -288,10 +289,12 @@ def load_rows(
 
 
 def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset | IterableDataset:
-    from datasets import DownloadMode, VerificationMode, load_dataset
+    from datasets import DownloadMode, VerificationMode, disable_progress_bars, load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     if source_kind(source.name) != "hub":
         # datasets recognises a local file by its time stamp, which a changed file may share; it is read anew each
         # time, and not compared with the number of rows that it had

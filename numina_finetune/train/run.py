@@ -29,8 +29,10 @@ from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.builtin import BUILTIN
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_model
-from numina_finetune.models.load import load_config, load_model, load_tokenizer, resolve_name
+from numina_finetune.models.hub import resolve_name
+from numina_finetune.models.load import load_config, load_model
 from numina_finetune.models.precision import EXPORT_DTYPES
+from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
 from numina_finetune.train.record import (

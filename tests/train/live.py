@@ -31,8 +31,9 @@ def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from numina_finetune.models.export import export_model
-    from numina_finetune.models.load import load_config, load_model, load_tokenizer
+    from numina_finetune.models.load import load_config, load_model
     from numina_finetune.models.precision import EXPORT_DTYPES
+    from numina_finetune.models.tokenizer import load_tokenizer
 
     backend, tokenizer = _backend(config, name), load_tokenizer(config)
     model = load_model(config, tokenizer)
@@ -71,7 +72,8 @@ def nonfinite(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     """A step whose loss is not a number, and the weights and moments before and after it."""
     import torch
 
-    from numina_finetune.models.load import load_model, load_tokenizer
+    from numina_finetune.models.load import load_model
+    from numina_finetune.models.tokenizer import load_tokenizer
 
     class Poisoned(torch.nn.Module):
         def forward(self, **batch: torch.Tensor) -> torch.Tensor:
@@ -92,7 +94,8 @@ def nonfinite(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
 
 def reload(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     """Place the model and load a checkpoint at once, as a resume does, many times over."""
-    from numina_finetune.models.load import load_model, load_tokenizer
+    from numina_finetune.models.load import load_model
+    from numina_finetune.models.tokenizer import load_tokenizer
 
     backend, tokenizer = _backend(config, name), load_tokenizer(config)
     backend.place(load_model(config, tokenizer), config)
@@ -111,7 +114,8 @@ def uneven(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     """One step over eight rows as one batch, and as four micro-batches with very different numbers of labels."""
     import numpy as np
 
-    from numina_finetune.models.load import load_model, load_tokenizer
+    from numina_finetune.models.load import load_model
+    from numina_finetune.models.tokenizer import load_tokenizer
 
     backend = _backend(config, name)
     rows = _rows(3, 16)

@@ -1,0 +1,51 @@
+"""Names on the hub and in folders, and what their absence means."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import errors as hub_errors
+
+from numina_finetune.config import ALIASES
+from numina_finetune.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_CONFIRMED_ABSENT = (
+    hub_errors.RepositoryNotFoundError,
+    hub_errors.RevisionNotFoundError,
+    hub_errors.RemoteEntryNotFoundError,
+    hub_errors.HFValidationError,
+)
+
+
+def resolve_name(name: str) -> str:
+    """The hub's own name for what the user typed."""
+    resolved = ALIASES.get(name, name)
+    if resolved != name:
+        logger.warning("%s is taken to mean %s", name, resolved)
+    return resolved
+
+
+def from_hub(auto: Any, name: str, option: str, **arguments: Any) -> Any:
+    """``auto.from_pretrained``, with a confirmed absence as a ConfigError and a network fault left as it is."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"{option} {name} is a path, and there is no such folder: give a folder or a hub name")
+    try:
+        return auto.from_pretrained(name, **arguments)
+    except (OSError, ValueError) as error:
+        if _is_confirmed_absence(error):
+            raise ConfigError(f"{option} {name} was not found on the hub (or is private): check the name") from error
+        if Path(name).is_dir():
+            raise ConfigError(f"{option} {name} cannot be loaded from that folder: {error}") from error
+        raise
+
+
+def _is_confirmed_absence(error: BaseException) -> bool:
+    """Whether the hub answered that there is no such thing, anywhere in the chain of causes."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _CONFIRMED_ABSENT):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
