@@ -129,6 +129,8 @@ class _Clock:
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    import datasets  # noqa: F401 (its import is not what is measured)
+
     from numina_finetune.config import SourceConfig
     from numina_finetune.data.dataset import build_index
     from numina_finetune.data.loader import Loader

@@ -31,7 +31,7 @@ def stop_with_launcher() -> None:
     go on (and write checkpoints) unseen.
     """
     if launcher() is not None:
-        die_with_parent(signal.SIGTERM)
+        die_with_parent(signal.SIGTERM, os.getppid())
 
 
 def choose_backend(config: RunConfig) -> tuple[str, str]:

@@ -113,12 +113,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes with anything that changes a rendering: vocabulary, merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        state: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
-        # the last call's truncation and padding are part of the backend's state
-        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    state |= {"special": tokenizer.special_tokens_map, "template": tokenizer.chat_template}
-    return digest(json.dumps(state, sort_keys=True, default=str).encode())
+        # the last call's truncation and padding are part of the backend's state; its every call sets them anew
+        backend.no_truncation()
+        backend.no_padding()
+        vocabulary = backend.to_str()
+    rest = {"special": tokenizer.special_tokens_map, "template": tokenizer.chat_template}
+    return digest((vocabulary + json.dumps(rest, sort_keys=True, default=str)).encode())
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,8 +59,12 @@ class Encoder:
 
 
 def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
-    """The same model, which knows no control token: their names are text to it."""
+    """The same model (shared, not copied), which knows no control token: their names are text to it."""
     from tokenizers import Tokenizer
 
-    state = json.loads(backend.to_str()) | {"added_tokens": [], "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(state))
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain

@@ -55,7 +55,9 @@ def _in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers
 
 def _begin(work: Callable[[Any], Any]) -> None:
     global _work
-    die_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    die_with_parent(signal.SIGKILL, parent.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = work
