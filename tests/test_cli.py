@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from numina_finetune import __version__, cli
+from numina_finetune import __version__, cli, launch
 from numina_finetune.config import RunConfig, SourceConfig, flag
 from numina_finetune.errors import ConfigError
 from tests.conftest import environment, train
@@ -178,7 +178,7 @@ def test_ctrl_c_before_training_exits_130(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(*arguments: Any, **options: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.setattr(launch, "choose_backend", interrupted)
     assert cli.run_command([]) == 130
 
 

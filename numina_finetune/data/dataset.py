@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -50,6 +51,9 @@ CHUNK_ROWS = 512
 
 ROWS_WORTH_WORKERS = 50_000
 """Rows of a source from which starting worker processes pays; each takes seconds to import its libraries."""
+
+ROWS_RECOGNISED = 20
+"""First rows that ``auto`` looks at."""
 
 _OVERLONG_NAMED = 10
 """Rows that the error of ``split-error`` names."""
@@ -258,20 +262,22 @@ def _chunks(rows: Dataset | IterableDataset) -> Iterator[Rows]:
 
 
 def with_format(source: SourceConfig, rows: Dataset | IterableDataset) -> SourceConfig:
-    """The source with ``auto`` replaced by what its first row is; its columns fit.
+    """The source with ``auto`` replaced by what its first rows are; its columns fit.
 
     Raises:
         DataError: the columns do not fit, or there is no row.
     """
-    row = next(iter(rows), None)
-    if row is None:
+    first = list(itertools.islice(rows, ROWS_RECOGNISED))
+    if not first:
         raise DataError(f"dataset {source.name}, split {source.split}, has no rows")
-    if faults := column_faults(list(row), source):
+    if faults := column_faults(list(first[0]), source):
         raise DataError(faults)
     if source.format != "auto":
         return source
-    fields = (source.question_field, source.answer_field, source.messages_field)
-    return replace(source, format=recognise(row, *fields, ToolColumns.of(source)))
+    fields = (source.question_field, source.answer_field, source.messages_field, ToolColumns.of(source))
+    formats = [recognise(row, *fields) for row in first]
+    # a tool-integrated solution may do without code, but no other one has code and its output
+    return replace(source, format="numina_tir" if "numina_tir" in formats else formats[0])
 
 
 def _refuse_overlong(report: _SourceReport, options: IndexOptions) -> None:

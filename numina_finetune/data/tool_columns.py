@@ -78,7 +78,7 @@ def tool_faults(columns: ToolColumns, present: Iterable[str], format: str) -> li
             "choose another --format"
             for flag, column in columns.flags().items()
         ]
-    return _flag_faults(columns) or [
+    return _flag_faults(columns) + [
         f"column {column!r} is missing, there are {', '.join(present)}: name the column with {flag}, or drop the flag"
         for flag, column in missing.items()
     ]

@@ -205,3 +205,11 @@ def spawned_by(parent):
 def alive(process):
     status = Path(f"/proc/{process}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_tir_is_recognised_though_its_first_row_has_no_code(write_jsonl, tiny, tmp_path):
+    code = "Compute.\n```python\nprint(4)\n```\n```output\n4\n```\nIt is 4."
+    rows = [{"problem": "p", "solution": "Just 4."}, {"problem": "q", "solution": code}]
+    index = build_index([SourceConfig(str(write_jsonl("tir.jsonl", rows)))], tiny, IndexOptions(4096), tmp_path)
+    assert index.report["sources"][0]["format"] == "numina_tir" and len(index) == 2
+    assert tiny.decode(index.sample(0)[0]).count("<|im_start|>") == 2
