@@ -9,7 +9,6 @@ the turn that calls; the text after it, which repeats the result, goes on in the
 from __future__ import annotations
 
 import ast
-import json
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from numina_finetune.data.conversation import Message
+from numina_finetune.data.rounds import call_round, rebuilt
 from numina_finetune.errors import DataError
 
 CALCULATOR = "calculator"
@@ -51,7 +51,6 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Div: operator.truediv,
     ast.FloorDiv: lambda left, right: Fraction(left // right),
 }
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def without_annotations(answer: str) -> str:
@@ -72,13 +71,7 @@ def to_messages(answer: str) -> list[Message]:
     messages: list[Message] = []
     for number, (before, annotation) in enumerate(zip(texts[::2], annotations, strict=False), 1):
         expression, _, result = annotation.rpartition("=")
-        identifier = f"call_{number}"
-        turn: Message = {"role": "assistant"}
-        if before:
-            turn["content"] = before
-        function = {"name": CALCULATOR, "arguments": _to_json({"expression": expression})}
-        turn["tool_calls"] = [{"id": identifier, "type": "function", "function": function}]
-        messages += [turn, {"role": "tool", "tool_call_id": identifier, "content": result}]
+        messages += call_round(number, before or None, CALCULATOR, {"expression": expression}, result)
     return [*messages, {"role": "assistant", "content": texts[-1]}]
 
 
@@ -88,15 +81,7 @@ def from_messages(messages: Sequence[Message]) -> str:
     Raises:
         DataError: they are not of its kind.
     """
-    try:
-        *rounds, final = messages
-        parts = [_round_text(turn, answer) for turn, answer in zip(rounds[::2], rounds[1::2], strict=True)]
-        return "".join([*parts, final["content"]])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the {len(messages)} messages are no rounds of one calculator call and its answer, with a final answer "
-            f"after them ({error!r}): only what to_messages made can be converted back"
-        ) from error
+    return rebuilt(messages, CALCULATOR, lambda prose, call, result: f"{prose or ''}<<{call['expression']}={result}>>")
 
 
 def evaluate(expression: str) -> Fraction:
@@ -145,9 +130,3 @@ def _fault(number: int, annotation: str) -> str | None:
     if abs(value - given) > last_digit / 2:
         return f"{place}: the result is {float(value):g}: mend the row, or use another --gsm8k-style"
     return None
-
-
-def _round_text(turn: Message, answer: Message) -> str:
-    (call,) = turn["tool_calls"]
-    expression = json.loads(call["function"]["arguments"])["expression"]
-    return f"{turn.get('content', '')}<<{expression}={answer['content']}>>"

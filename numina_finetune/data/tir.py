@@ -23,12 +23,12 @@ no final turn), and fences with white space of their own around them, which the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from numina_finetune.data.conversation import Message
+from numina_finetune.data.rounds import call_round, rebuilt
 from numina_finetune.errors import DataError
 
 PYTHON = "python"
@@ -80,7 +80,6 @@ _KINDS: dict[str, Kind] = {"python": "python", "output": "output"}
 _OPENING = re.compile(r"```(\w*)[ \t\r]*\n")
 _FENCE_LINE = re.compile(r"\n```(\w*)[ \t\r]*(?=\n|\Z)")
 _RUN = re.compile(r"\n```[ \t\r]*\n\s*```output[ \t\r]*\n")
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def has_code(text: str) -> bool:
@@ -203,14 +202,9 @@ def to_messages(text: str) -> list[Message]:
     rounds, final = _rounds(parse(text))
     messages: list[Message] = []
     for number, (prose, code, output) in enumerate(rounds, 1):
-        identifier = f"call_{number}"
-        turn: Message = {"role": "assistant"}
-        if prose:
-            turn["content"] = prose.removesuffix("\n")
-        function = {"name": PYTHON, "arguments": _to_json({"code": _without_newline(code.body)})}
-        turn["tool_calls"] = [{"id": identifier, "type": "function", "function": function}]
-        answer = {"role": "tool", "tool_call_id": identifier, "content": _without_newline(output.body)}
-        messages += [turn, answer]
+        before = prose.removesuffix("\n") if prose else None
+        arguments = {"code": _without_newline(code.body)}
+        messages += call_round(number, before, PYTHON, arguments, _without_newline(output.body))
     messages.append({"role": "assistant", "content": final})
     if (again := from_messages(messages)) != text:
         raise DataError(_difference(text, again))
@@ -223,22 +217,12 @@ def from_messages(messages: Sequence[Message]) -> str:
     Raises:
         DataError: they are not of its kind.
     """
-    try:
-        *rounds, final = messages
-        parts = [_round_text(turn, answer) for turn, answer in zip(rounds[::2], rounds[1::2], strict=True)]
-        return "".join([*parts, final["content"]])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the {len(messages)} messages are no rounds of one python call and its answer, with a final answer after "
-            f"them ({error!r}): only what to_messages made can be converted back"
-        ) from error
+    return rebuilt(messages, PYTHON, _round_text)
 
 
-def _round_text(turn: Message, answer: Message) -> str:
-    (call,) = turn["tool_calls"]
-    code = _with_newline(json.loads(call["function"]["arguments"])["code"])
-    prose = turn["content"] + "\n" if "content" in turn else ""
-    return f"{prose}```python\n{code}```\n```output\n{_with_newline(answer['content'])}```\n"
+def _round_text(prose: str | None, arguments: dict[str, Any], result: str) -> str:
+    before = "" if prose is None else prose + "\n"
+    return f"{before}```python\n{_with_newline(arguments['code'])}```\n```output\n{_with_newline(result)}```\n"
 
 
 def output_ranges(text: str) -> list[list[int]]:
