@@ -218,6 +218,7 @@ class RunConfig:
         command on another mesh finds its run again (and keeps the global batch that the run began with).
         """
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        identity["against"] = list(self.against)  # as YAML gives it back
         identity["datasets"] = [dataclasses.asdict(source) for source in self.datasets]
         if self.global_batch_size is not None:
             identity["global_batch_size"] = self.global_batch_size

@@ -141,6 +141,12 @@ def test_all_faults_of_a_yaml_are_told_at_once() -> None:
     assert len(refusal.value.problems) == 4
 
 
+def test_identity_and_configuration_survive_a_yaml_file() -> None:
+    config = changed(against=("gsm8k:test", "math:test"), datasets=(SourceConfig("a", weight=0.5, max_samples=3),))
+    assert yaml.safe_load(yaml.safe_dump(config.identity())) == config.identity()
+    assert RunConfig.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping()))) == config
+
+
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 
