@@ -253,6 +253,13 @@ def test_template_keeps_control_tokens_names_in_data_as_text(with_template):
     assert rendered.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3  # the system message's too
 
 
+@pytest.mark.parametrize("content", ["\U000f0001", "\U000f0000 and \ue000"])
+def test_template_keeps_private_use_characters(with_template, content):
+    tokenizer = with_template("Qwen-Qwen2.5-7B-Instruct")
+    rendered = render({"messages": [TALK[1], {"role": "assistant", "content": content}]}, tokenizer)
+    assert supervised(rendered, tokenizer) == [f"{content}<|im_end|>"]
+
+
 def test_family_is_qwen3_for_qwen3_and_template_for_templates_that_write_something_else(qwen3, with_template):
     assert resolve_family(qwen3) == "qwen3"
     assert resolve_family(with_template("Qwen-Qwen3-0.6B")) == "qwen3"

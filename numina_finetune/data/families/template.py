@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -44,7 +44,7 @@ class Template:
                 prompts that inference never shows), writes no end token, or leaves out what a turn says.
         """
         refuse_reasoning(conversation)
-        hidden = self._hide(conversation)
+        hidden, shown = self._hide(conversation)
         full = self._text(hidden, len(hidden.messages))
         pieces: list[Piece] = []
         done = 0
@@ -60,15 +60,15 @@ class Template:
                     "not prefix-stable), so its loss mask cannot be derived"
                 )
             self._refuse_other_text(message, turn, position)
-            pieces += self._cut(full[done : len(prompt)], False)
+            pieces += self._cut(full[done : len(prompt)], False, shown)
             for text, supervised in _runs(message, turn, position):
-                pieces += self._cut(text, supervised)
+                pieces += self._cut(text, supervised, shown)
             done = len(prompt) + len(turn)
-        return [*pieces, *self._cut(full[done:], False)]
+        return [*pieces, *self._cut(full[done:], False, shown)]
 
     def prompt(self, conversation: Conversation) -> list[Piece]:
-        hidden = self._hide(conversation)
-        return list(self._cut(self._text(hidden, len(hidden.messages), prompt=True), False))
+        hidden, shown = self._hide(conversation)
+        return list(self._cut(self._text(hidden, len(hidden.messages), prompt=True), False, shown))
 
     def mask_faults(self, conversation: Conversation, pieces: list[Piece], decoded: list[str]) -> list[str]:
         return span_faults(joined(pieces), decoded)  # that these say the messages was checked on the text
@@ -117,7 +117,7 @@ class Template:
         words = [content, *(function["name"] for function in functions), *keys]
         if not (all(word in body for word in words) if functions else body == content):
             raise DataError(
-                f"messages[{position}]: the chat template writes {shortened(self._shown(turn))!r}, which is not this "
+                f"messages[{position}]: the chat template writes {shortened(turn)!r}, which is not this "
                 f"turn, {shortened(message.get('content', ''))!r}, and its end token"
             )
 
@@ -133,17 +133,18 @@ class Template:
         """Matches any control token; nothing where there are none."""
         return re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
 
-    def _hide(self, conversation: Conversation) -> Conversation:
-        """The conversation with a private-use character for each control token's name in its data."""
+    def _hide(self, conversation: Conversation) -> tuple[Conversation, Callable[[str], str]]:
+        """The conversation with a private-use character for each control token's name in its data, and the way back."""
         if not any(self._control.search(text) for text in _texts(conversation)):
-            return conversation
+            return conversation, lambda text: text
         if any(message.get("no_loss") for message in conversation.messages):
             raise DataError("messages: hold control tokens' names beside text that is kept out of the loss")
         if any(ord(character) in _HIDDEN for text in _texts(conversation) for character in text):
             raise DataError(
                 "messages: hold control tokens' names and private-use characters, which cannot both be kept"
             )
-        return Conversation(_replaced(conversation.messages, self._hidden), _replaced(conversation.tools, self._hidden))
+        messages, tools = (_replaced(part, self._hidden) for part in (conversation.messages, conversation.tools))
+        return Conversation(messages, tools), self._shown
 
     def _hidden(self, text: str) -> str:
         return self._control.sub(lambda match: chr(_HIDDEN[self._tokens.index(match[0])]), text)
@@ -157,16 +158,16 @@ class Template:
             text,
         )
 
-    def _cut(self, text: str, supervised: bool) -> Iterator[Piece]:
-        """Control tokens and the data between them."""
+    def _cut(self, text: str, supervised: bool, shown: Callable[[str], str]) -> Iterator[Piece]:
+        """Control tokens and the data between them, hidden names put back by ``shown``."""
         done = 0
         for match in self._control.finditer(text):
             if done < match.start():
-                yield Piece(self._shown(text[done : match.start()]), False, supervised)
+                yield Piece(shown(text[done : match.start()]), False, supervised)
             yield Piece(match[0], True, supervised)
             done = match.end()
         if done < len(text):
-            yield Piece(self._shown(text[done:]), False, supervised)
+            yield Piece(shown(text[done:]), False, supervised)
 
 
 def _runs(message: Message, turn: str, position: int) -> list[tuple[str, bool]]:
