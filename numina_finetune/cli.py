@@ -68,6 +68,9 @@ app = typer.Typer(
 )
 
 
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or gs://bucket/prefix/run-id.")]
+
+
 def main() -> None:
     """Entry point of the console script, of ``python -m numina_finetune``, and of the launchers' scripts."""
     launch.stop_with_launcher()
@@ -103,13 +106,15 @@ def _train(config: str | None, **given: Any) -> int:
     from numina_finetune.checkpoint.preemption import StopNotice
     from numina_finetune.train.run import check, train
 
-    with StopNotice() as notice:
+    with StopNotice(run_config.preemption_grace) as notice:
         try:
             check(run_config, name)
         except ConfigError as error:
             faults += error.problems
         if faults:
             raise ConfigError(dict.fromkeys(faults))  # the same dataset twice is the same fault once
+        if run_config.metadata_url != "none":
+            notice.watch_metadata(run_config.metadata_url, can_migrate=not launch.tpu_attached())
         if os.environ.get("RANK", "0") == "0":
             print(f"backend {name} ({reason})", flush=True)
         return int(train(run_config, _backend_factory(name), notice))
@@ -189,6 +194,33 @@ def quickstart(
     from numina_finetune.quickstart import run_quickstart
 
     return run_quickstart(output_dir)
+
+
+@app.command()
+def export(
+    run: _Run,
+    output: Annotated[str, typer.Option(help="Empty folder or gs://bucket/prefix for the model.")],
+    step: Annotated[str, typer.Option(help="Step of the checkpoint, or newest.")] = "newest",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; what the run computes with if unset.")] = None,
+) -> int:
+    """Make a plain Hugging Face folder from any checkpoint of a run, on a CPU."""
+    launch.prepare_environment("native")
+    from numina_finetune.export_command import run_export
+
+    return int(run_export(run, step, output, dtype))
+
+
+@app.command()
+def stage(
+    model_name: Annotated[str, typer.Option(help="Hub name or local folder.")],
+    output_dir: Annotated[str, typer.Option(help="gs://bucket/prefix or folder that holds staged models.")],
+    model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+) -> int:
+    """Put a model's weights, configuration and tokenizer into a bucket once, so that no machine asks the hub again."""
+    launch.prepare_environment("native")
+    from numina_finetune.models.stage import run_stage
+
+    return int(run_stage(model_name, model_revision, output_dir))
 
 
 def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[str]) -> RunConfig:
@@ -303,3 +335,44 @@ for _name, _run, *_more in (
     ("report", _report, _parameter("report_dir", str, "Folder of the report.", "Output")),
 ):
     data_app.command(_name)(_command(_run, _run.__doc__, _DATA_FIELDS, *_more))
+
+checkpoints_app = typer.Typer(
+    help="Look at a run's checkpoints, check them, delete old ones.", context_settings=_CONTEXT
+)
+app.add_typer(checkpoints_app, name="checkpoints")
+
+
+@checkpoints_app.command("list")
+def checkpoints_list(
+    run: _Run, json: Annotated[bool, typer.Option("--json", help="Print it for machines.")] = False
+) -> int:
+    """Print steps, sizes, ages, and what is committed; of each run, where RUN holds several."""
+    launch.prepare_environment("native")
+    from numina_finetune.checkpoint_commands import run_list
+
+    return int(run_list(run, as_json=json))
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(
+    run: _Run, step: Annotated[int | None, typer.Option(help="Only this step's; all if unset.")] = None
+) -> int:
+    """Read every byte of the committed checkpoints again; exit code 3 if one is not what was committed."""
+    launch.prepare_environment("native")
+    from numina_finetune.checkpoint_commands import run_verify
+
+    return int(run_verify(run, step))
+
+
+@checkpoints_app.command("prune")
+def checkpoints_prune(
+    run: _Run,
+    keep: Annotated[int, typer.Option(help="Sound checkpoints that stay, the newest ones; the best besides.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if the run seems to be under way.")] = False,
+) -> int:
+    """Delete old checkpoints and what was never committed."""
+    launch.prepare_environment("native")
+    from numina_finetune.checkpoint_commands import run_prune
+
+    return int(run_prune(run, keep, yes=yes, force=force))

@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +164,43 @@ class RunConfig:
         identity=False,
     )
     # Output
-    output_dir: str = option("", "Folder that holds this run's own folder.", "Output", identity=False)
+    output_dir: str = option(
+        "", "Folder or gs://bucket/prefix that holds this run's own folder.", "Output", identity=False
+    )
     run_id: str | None = option(
         None, "Name of the run; a hash of what makes it this run if unset.", "Output", identity=False
     )
     save_steps: int = option(
         500, "Optimizer steps between checkpoints; 0 = only at the end or on a signal.", "Output", identity=False
     )
-    save_total_limit: int = option(3, "Committed checkpoints kept.", "Output", identity=False)
+    save_minutes: float = option(
+        0.0, "Minutes between checkpoints, besides --save-steps; 0 = no clock.", "Output", identity=False
+    )
+    save_total_limit: int = option(
+        3, "Committed checkpoints kept; the best by evaluation loss besides.", "Output", identity=False
+    )
+    async_save: bool = option(
+        True,
+        "Store checkpoints while training goes on; it stands still for the copy to host memory only.",
+        "Output",
+        identity=False,
+    )
     resume_from_checkpoint: str = option(
         "auto",
-        "auto (newest committed), none (start anew; refused if there is one), or a step number.",
+        "auto (newest committed), none (start anew; refused if there is one), a step number, or the folder "
+        "(gs://…/checkpoints/step-…/attempt-…) of another run's checkpoint to begin from.",
+        "Output",
+        identity=False,
+    )
+    allow_data_change: bool = option(
+        False, "Resume although the training data is another; the row position is kept.", "Output", identity=False
+    )
+    preemption_grace: float = option(
+        25.0, "Seconds that the machine leaves after its notice (SIGTERM or metadata).", "Output", identity=False
+    )
+    metadata_url: str = option(
+        "http://metadata.google.internal/computeMetadata/v1",
+        "Metadata service asked for preemption and maintenance; none = never asked.",
         "Output",
         identity=False,
     )
@@ -207,9 +232,25 @@ class RunConfig:
         return f"{Path(self.model_name).name}-{digest}".lower()
 
     @property
+    def run_url(self) -> str:
+        """The run's own place: a folder, or ``gs://…``."""
+        return f"{self.output_dir.rstrip('/') or '/'}/{self.resolved_run_id}"
+
+    @property
     def run_dir(self) -> Path:
-        """The run's own folder."""
-        return Path(self.output_dir) / self.resolved_run_id
+        """The run's own folder on this machine: its place, or where files are made that go to its place."""
+        if not self.output_dir.startswith("gs://"):
+            return Path(self.output_dir).expanduser() / self.resolved_run_id
+        cache = self.cache_dir if self.cache_dir and not self.cache_dir.startswith("gs://") else tempfile.gettempdir()
+        key = hashlib.sha256(self.output_dir.encode()).hexdigest()[:10]
+        return Path(cache).expanduser() / f"numina-runs-{key}" / self.resolved_run_id
+
+    @property
+    def token_cache(self) -> str | None:
+        """Where tokenised data is cached; the machines of a run in a bucket share what one of them prepared."""
+        if self.cache_dir is None and self.output_dir.startswith("gs://"):
+            return f"{self.output_dir.rstrip('/')}/cache"
+        return self.cache_dir
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: two commands with equal identities continue one another.
@@ -226,128 +267,6 @@ class RunConfig:
             identity["per_device_train_batch_size"] = self.per_device_train_batch_size
             identity["gradient_accumulation_steps"] = self.gradient_accumulation_steps
         return identity
-
-    # --- checks ----------------------------------------------------------------------------------------------------
-
-    def faults(self) -> list[str]:
-        """Every fault that can be seen without opening a file or a device."""
-        return [
-            *self._missing(),
-            *self._not_among(),
-            *self._out_of_range(),
-            *self._contradictions(),
-            *(fault for source in self.datasets for fault in _source_faults(source)),
-        ]
-
-    def _missing(self) -> list[str]:
-        faults = []
-        if not self.datasets:
-            faults.append(
-                "--dataset-name is missing: give a hub name, a folder or a .jsonl/.parquet file "
-                "(or run `numina-finetune quickstart`, which needs none)"
-            )
-        if not self.model_name:
-            faults.append("--model-name is missing: give a hub name, a folder, or tiny-qwen3")
-        if not self.output_dir:
-            faults.append("--output-dir is missing: give the folder that will hold the run")
-        return faults
-
-    def _not_among(self) -> list[str]:
-        allowed = {
-            "precision": PRECISIONS,
-            "lr_scheduler_type": SCHEDULES,
-            "backend": BACKENDS,
-            "optim": ("adamw",),
-            "gsm8k_style": GSM8K_STYLES,
-            "tir_style": TIR_STYLES,
-            "chat_family": CHAT_FAMILIES,
-            "reasoning_effort": REASONING_EFFORTS,
-            "overlong": OVERLONG,
-        }
-        faults = [
-            f"{flag(name)} {getattr(self, name)!r} is unknown: use one of {', '.join(choices)}"
-            for name, choices in allowed.items()
-            if getattr(self, name) not in choices
-        ]
-        faults += [
-            f"--report-to {name!r} is unknown: use {', '.join(TRACKERS)}"
-            for name in self.report_to.split(",")
-            if name and name not in TRACKERS
-        ]
-        if self.resume_from_checkpoint not in ("auto", "none") and not self.resume_from_checkpoint.isdecimal():
-            faults.append(
-                f"--resume-from-checkpoint {self.resume_from_checkpoint!r} is unknown: use auto, none or a step number"
-            )
-        return faults
-
-    def _out_of_range(self) -> list[str]:
-        at_least: dict[str, float] = {
-            "max_seq_length": 2,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "save_total_limit": 1,
-            "logging_steps": 1,
-            "save_steps": 0,
-            "eval_steps": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "learning_rate": 0,
-            "validation_size": 0,
-            "seed": 0,
-        }
-        faults = [
-            f"{flag(name)} {getattr(self, name)} is too small: use {bound:g} or more"
-            for name, bound in at_least.items()
-            if not getattr(self, name) >= bound or not math.isfinite(getattr(self, name))
-        ]
-        if not 0 <= self.warmup_ratio <= 1:
-            faults.append(f"--warmup-ratio {self.warmup_ratio} is out of range: use a share from 0 to 1")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{flag(name)} {getattr(self, name)} is out of range: use 0 up to, but not, 1")
-        if not self.adam_epsilon > 0:
-            faults.append(f"--adam-epsilon {self.adam_epsilon} is too small: use more than 0, such as 1e-8")
-        if self.max_steps < 1 and self.max_steps != -1:
-            faults.append(f"--max-steps {self.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
-        if not 0 < self.num_train_epochs < math.inf:
-            faults.append(f"--num-train-epochs {self.num_train_epochs} is out of range: use more than 0")
-        for name in ("global_batch_size", "preprocessing_num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(f"{flag(name)} {value} is too small: use 1 or more")
-        if not _is_date(self.chat_date):
-            faults.append(f"--chat-date {self.chat_date!r} is no date: write it as 2025-06-28")
-        return faults
-
-    def _contradictions(self) -> list[str]:
-        faults = []
-        weighted = [source for source in self.datasets if source.weight is not None]
-        if weighted and len(weighted) < len(self.datasets):
-            faults.append(
-                f"--dataset-weight is given for {len(weighted)} of {len(self.datasets)} datasets: "
-                "give it for each, or for none (then every row is seen once an epoch)"
-            )
-        if self.eval_dataset_name and self.validation_size:
-            faults.append(
-                f"--eval-dataset-name {self.eval_dataset_name} and --validation-size {self.validation_size:g} both "
-                "name the evaluation data: keep one"
-            )
-        if self.eval_steps and not (self.eval_dataset_name or self.validation_size):
-            faults.append(
-                f"--eval-steps {self.eval_steps} has nothing to evaluate: add --eval-dataset-name or --validation-size"
-            )
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
-            faults.append(
-                f"--global-batch-size {self.global_batch_size} and --gradient-accumulation-steps "
-                f"{self.gradient_accumulation_steps} both set the accumulation: keep one"
-            )
-        if self.decontaminate and not self.against:
-            faults.append("--decontaminate has no benchmark to look for: add --against, such as --against gsm8k:test")
-        if self.output_dir.startswith("gs://"):
-            faults.append(f"--output-dir {self.output_dir} is not a local folder: give one")
-        if self.run_id is not None and (not self.run_id.strip() or "/" in self.run_id or self.run_id.startswith(".")):
-            faults.append(f"--run-id {self.run_id!r} cannot name a folder: use letters, digits, - and _")
-        return faults
 
     # --- YAML ------------------------------------------------------------------------------------------------------
 
@@ -406,24 +325,6 @@ def load_yaml(path: str) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ConfigError(f"--config {path} holds {type(mapping).__name__}: it needs a mapping of option names")
     return mapping
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-def _source_faults(source: SourceConfig) -> list[str]:
-    faults = []
-    if source.format not in FORMATS:
-        faults.append(f"--format {source.format!r} (dataset {source.name}) is unknown: use one of {', '.join(FORMATS)}")
-    if source.weight is not None and not (source.weight > 0 and math.isfinite(source.weight)):
-        faults.append(f"--dataset-weight {source.weight} (dataset {source.name}) is too small: use more than 0")
-    if source.max_samples is not None and source.max_samples < 1:
-        faults.append(f"--dataset-max-samples {source.max_samples} (dataset {source.name}) is too small: use 1 or more")
-    return faults
 
 
 def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:

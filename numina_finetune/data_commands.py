@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data.chat import Rendered, render
 from numina_finetune.data.contamination import question_of
@@ -102,7 +103,7 @@ def run_check(config: RunConfig) -> ExitCode:
 def _refuse_faults(config: RunConfig, faults: list[str] | None = None) -> None:
     """Raises ConfigError with all that is wrong; the commands need no output folder, and no model but its tokenizer."""
     complete = replace(config, output_dir=".", model_name=config.model_name or config.tokenizer_name or "")
-    faults = [*(faults or []), *complete.faults(), *preflight(config.datasets, config)]
+    faults = [*(faults or []), *config_faults(complete), *preflight(config.datasets, config)]
     if faults:
         raise ConfigError(dict.fromkeys(faults))
 

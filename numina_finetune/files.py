@@ -73,3 +73,8 @@ def move_unless_there(built: Path, folder: Path) -> None:
         if not folder.is_dir():
             raise
     sync_folder(folder.parent)
+
+
+def user_cache() -> Path:
+    """The folder for what can be made or fetched again, where no other is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numina_finetune"

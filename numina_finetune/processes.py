@@ -19,6 +19,11 @@ class ProcessGroup:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
+    @property
+    def index(self) -> int:
+        """This process's number, from 0."""
+        return 0 if self._group is None else dist.get_rank(self._group)
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any process; the same answer on all."""
         if self._group is None:
@@ -34,6 +39,14 @@ class ProcessGroup:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by process index, on all of them."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def barrier(self) -> None:
         """Wait for every process."""

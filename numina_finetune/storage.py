@@ -7,7 +7,6 @@ of `numina_finetune.files`. Google's library is known here only.
 from __future__ import annotations
 
 import base64
-import io
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
-
-import google_crc32c
 
 from numina_finetune.errors import ConfigError
 from numina_finetune.files import (
@@ -120,6 +117,14 @@ class GcsStore(Store):
         self._bucket_seen = True
         return [self._entry(blob) for blob in blobs]
 
+    def folders(self) -> Sequence[str]:
+        with self._errors(""):
+            listing = self._bucket.list_blobs(prefix=self._prefix, delimiter="/", retry=self._retry)
+            for _ in listing:  # the folders are known once the pages have been gone through
+                pass
+        self._bucket_seen = True
+        return sorted(folder.removeprefix(self._prefix).rstrip("/") for folder in listing.prefixes)
+
     def stat(self, name: str, *, generation: int | None = None) -> Entry | None:
         blob = self._find(name, generation)
         return self._entry(blob) if blob else None
@@ -144,13 +149,6 @@ class GcsStore(Store):
             return b""
         return bytes(data)
 
-    def write(self, name: str, data: bytes, *, if_generation: int | None = None) -> Entry:
-        checksum = bytes(google_crc32c.Checksum(data).digest()).hex()
-        return self._put(name, lambda: io.BytesIO(data), len(data), checksum, if_generation)
-
-    def upload(self, path: Path, name: str, *, if_generation: int | None = None) -> Entry:
-        return self._put(name, lambda: path.open("rb"), path.stat().st_size, crc32c(path), if_generation)
-
     def delete(self, name: str, *, if_generation: int | None = None) -> None:
         try:
             with self._errors(name, if_generation):
@@ -159,8 +157,17 @@ class GcsStore(Store):
         except NotFound:
             pass
 
-    def _put(
-        self, name: str, open_source: Callable[[], IO[bytes]], size: int, checksum: str, if_generation: int | None
+    def sweep(self) -> None:
+        """Nothing: an upload that was not finished is no object, and the service forgets it after a week."""
+
+    def put(
+        self,
+        name: str,
+        open_source: Callable[[], IO[bytes]],
+        *,
+        size: int,
+        checksum: str,
+        if_generation: int | None = None,
     ) -> Entry:
         """Send the bytes; the server refuses those that do not have the checksum, so no damaged object appears.
 
@@ -197,7 +204,10 @@ class GcsStore(Store):
                 return
             except (NotFound, ValueError) as error:
                 if attempt == _SESSION_ATTEMPTS:
-                    raise StorageUnavailable(f"{self.address(name)}: the upload broke {attempt} times") from error
+                    why = error.__cause__ or error
+                    raise StorageUnavailable(
+                        f"{self.address(name)}: the upload broke {attempt} times: {why}"
+                    ) from error
 
     def _find(self, name: str, generation: int | None) -> Any:
         """The library's object with its facts, or None."""

@@ -16,7 +16,7 @@ import os
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from typing import IO, Any, BinaryIO
 import google_crc32c
 
 from numina_finetune.errors import ConfigError
-from numina_finetune.files import read_json, sync_folder
+from numina_finetune.files import crc32c, read_json, sync_folder
 
 _COPY_CHUNK = 1 << 22
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -86,6 +86,14 @@ class Store(ABC):
     def list(self, prefix: str = "") -> Sequence[Entry]:
         """The objects whose names begin with ``prefix``, by name."""
 
+    def names(self, prefix: str = "") -> Sequence[str]:
+        """The names that `list` gives, where nothing else is asked."""
+        return [entry.name for entry in self.list(prefix)]
+
+    @abstractmethod
+    def folders(self) -> Sequence[str]:
+        """The first parts of the names of all objects that have another part, in order, without going through them."""
+
     @abstractmethod
     def stat(self, name: str, *, generation: int | None = None) -> Entry | None:
         """The object, None where there is none (or not in that generation)."""
@@ -102,19 +110,45 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, name: str, data: bytes, *, if_generation: int | None = None) -> Entry:
-        """Make ``data`` the object.
+    def put(
+        self,
+        name: str,
+        open_source: Callable[[], IO[bytes]],
+        *,
+        size: int,
+        checksum: str,
+        if_generation: int | None = None,
+    ) -> Entry:
+        """Make what the source gives the object, in pieces.
 
         Args:
-            if_generation: what it replaces; 0: nothing; None: whatever is there.
+            open_source: gives the bytes from their beginning, as often as it is asked.
+            checksum: their CRC-32C, eight hexadecimal digits.
+            if_generation: what the object replaces; 0: nothing; None: whatever is there.
 
         Raises:
             PreconditionFailed: something else is there, and stays.
+            Damaged: the bytes do not have the checksum.
         """
 
-    @abstractmethod
+    def write(self, name: str, data: bytes, *, if_generation: int | None = None) -> Entry:
+        """Make ``data`` the object, as `put` does."""
+        checksum = bytes(google_crc32c.Checksum(data).digest()).hex()
+        return self.put(name, lambda: io.BytesIO(data), size=len(data), checksum=checksum, if_generation=if_generation)
+
+    def write_json(self, name: str, value: Any, *, if_generation: int | None = None) -> Entry:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        return self.write(name, text.encode(), if_generation=if_generation)
+
     def upload(self, path: Path, name: str, *, if_generation: int | None = None) -> Entry:
-        """Make the file's content the object, as ``write`` does, in pieces."""
+        """Make the file's content the object, as `put` does."""
+        return self.put(
+            name,
+            lambda: path.open("rb"),
+            size=path.stat().st_size,
+            checksum=crc32c(path),
+            if_generation=if_generation,
+        )
 
     @abstractmethod
     def delete(self, name: str, *, if_generation: int | None = None) -> None:
@@ -123,6 +157,10 @@ class Store(ABC):
         Raises:
             PreconditionFailed: the object is of another generation, and stays.
         """
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Remove what writers that died left unfinished."""
 
     def download(self, name: str, path: Path, *, generation: int | None = None) -> Entry:
         """The object as a file, in pieces: on return it is whole, checked and durable.
@@ -191,13 +229,16 @@ class LocalStore(Store):
         self._root, self._own = root, root / self.OWN
 
     def list(self, prefix: str = "") -> Sequence[Entry]:
-        found = []
-        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
-            if Path(folder) == self._root and self.OWN in folders:
-                folders.remove(self.OWN)
-            names = [(Path(folder) / file).relative_to(self._root).as_posix() for file in files]
-            found += [self.stat(name) for name in names if name.startswith(prefix)]
-        return sorted((entry for entry in found if entry), key=lambda entry: entry.name.encode())
+        entries = (self.stat(name) for name in self.names(prefix))
+        return [entry for entry in entries if entry]
+
+    def names(self, prefix: str = "") -> Sequence[str]:
+        return sorted(self._names(prefix), key=str.encode)
+
+    def folders(self) -> Sequence[str]:
+        if not self._root.is_dir():
+            return []
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir() and path != self._own)
 
     def stat(self, name: str, *, generation: int | None = None) -> Entry | None:
         try:
@@ -224,12 +265,30 @@ class LocalStore(Store):
         except _NO_FILE:
             raise self._absent(name, generation) from None
 
-    def write(self, name: str, data: bytes, *, if_generation: int | None = None) -> Entry:
-        return self._put(name, io.BytesIO(data), if_generation)
+    def put(
+        self,
+        name: str,
+        open_source: Callable[[], IO[bytes]],
+        *,
+        size: int,
+        checksum: str,
+        if_generation: int | None = None,
+    ) -> Entry:
+        try:
+            with open_source() as source:
+                return self._put(name, source, (size, checksum), if_generation)
+        except OSError as error:
+            raise StorageUnavailable(f"{self.address(name)}: {error.strerror or error}") from error
 
-    def upload(self, path: Path, name: str, *, if_generation: int | None = None) -> Entry:
-        with path.open("rb") as source:
-            return self._put(name, source, if_generation)
+    def sweep(self) -> None:
+        with self._locked():
+            for path in self._own.glob("*.tmp"):
+                with path.open("rb") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:  # its writer lives
+                        continue
+                    path.unlink(missing_ok=True)
 
     def delete(self, name: str, *, if_generation: int | None = None) -> None:
         path = self._path(name)
@@ -264,38 +323,55 @@ class LocalStore(Store):
             size, checksum = facts.st_size, bytes(found.digest()).hex()
         return Entry(name, size, checksum, facts.st_mtime_ns, datetime.fromtimestamp(facts.st_mtime, UTC))
 
-    def _put(self, name: str, source: IO[bytes], if_generation: int | None) -> Entry:
+    def _names(self, prefix: str) -> Iterator[str]:
+        for folder, folders, files in os.walk(self._root / prefix.rpartition("/")[0]):
+            if Path(folder) == self._root and self.OWN in folders:
+                folders.remove(self.OWN)
+            names = ((Path(folder) / file).relative_to(self._root).as_posix() for file in files)
+            yield from (name for name in names if name.startswith(prefix))
+
+    def _put(self, name: str, source: IO[bytes], facts: tuple[int, str], if_generation: int | None) -> Entry:
         path = self._path(name)
         temporary = self._own / f"{uuid.uuid4().hex}.tmp"
-        checksum = google_crc32c.Checksum()
+        found = google_crc32c.Checksum()
         self._make(self._own)
         try:
-            with temporary.open("xb") as file:
+            with self._unfinished(temporary) as file:
                 while chunk := source.read(_COPY_CHUNK):
-                    checksum.update(chunk)
+                    found.update(chunk)
                     file.write(chunk)
-                size = file.tell()
+                size, checksum = file.tell(), bytes(found.digest()).hex()
+                if (size, checksum) != facts:
+                    raise Damaged(f"{self.address(name)}: got {size} bytes with crc32c {checksum}, expected {facts}")
                 file.flush()
                 os.fsync(file.fileno())
-            with self._locked():
-                present = self._generation(name)
-                if if_generation not in (None, present):
-                    raise self._in_the_way(name, if_generation)
-                written = max(time.time_ns(), present + 1)
-                os.utime(temporary, ns=(written, written))
-                # Read back: not every file system keeps nanoseconds.
-                facts = {"generation": temporary.stat().st_mtime_ns, "size": size}
-                self._make(path.parent)
-                # Before the object: a record of another generation counts as none.
-                record = json.dumps({**facts, "crc32c": bytes(checksum.digest()).hex()})
-                self._record(name).write_text(record, encoding="utf-8")
-                temporary.replace(path)
-                sync_folder(path.parent)
-                entry = self.stat(name)
+                with self._locked():
+                    present = self._generation(name)
+                    if if_generation not in (None, present):
+                        raise self._in_the_way(name, if_generation)
+                    written = max(time.time_ns(), present + 1)
+                    os.utime(temporary, ns=(written, written))
+                    self._make(path.parent)
+                    # Read back: not every file system keeps nanoseconds. Before the object: a record of another
+                    # generation counts as none.
+                    record = {"generation": temporary.stat().st_mtime_ns, "size": size, "crc32c": checksum}
+                    self._record(name).write_text(json.dumps(record), encoding="utf-8")
+                    temporary.replace(path)
+                    sync_folder(path.parent)
+                    entry = self.stat(name)
         finally:
             temporary.unlink(missing_ok=True)
         assert entry is not None
         return entry
+
+    @contextmanager
+    def _unfinished(self, path: Path) -> Iterator[IO[bytes]]:
+        """A new file that is locked for as long as its writer lives, which tells it from a dead one's."""
+        with self._locked():
+            file = path.open("xb")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with file:
+            yield file
 
     def _generation(self, name: str) -> int:
         """0 where there is no object."""

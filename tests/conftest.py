@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+# Accelerate decides for or against XLA at its import, for as long as the process lives: the test module that imports it
+# first would decide for all tests of this process. XLA runs in processes of its own.
+os.environ["USE_TORCH_XLA"] = "false"
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     *("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k[test]", "--format", "gsm8k"),
@@ -110,16 +114,10 @@ def train(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, t
 
 @pytest.fixture
 def native_here() -> Iterator[None]:
-    """Lets the command line run inside the tests' own process: what it sets in the environment is undone.
-
-    Accelerate decides for or against XLA at its import, for as long as the process lives.
-    """
+    """Lets the command line run inside the tests' own process: what it sets in the environment is undone."""
     before = dict(os.environ)
     for name in ("PJRT_DEVICE", "CPU_NUM_DEVICES", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         os.environ.pop(name, None)
-    os.environ["USE_TORCH_XLA"] = "false"
-    import accelerate  # noqa: F401
-
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig, SourceConfig, load_yaml
 from numina_finetune.errors import ConfigError
 
@@ -181,9 +182,9 @@ def test_identity_and_configuration_survive_a_yaml_file() -> None:
     ],
 )
 def test_a_value_out_of_range_is_one_fault_that_names_its_flag(name: str, value: Any) -> None:
-    (fault,) = changed(**{name: value}).faults()
+    (fault,) = config_faults(changed(**{name: value}))
     assert "--" + name.replace("_", "-") in fault
 
 
 def test_the_defaults_have_no_fault() -> None:
-    assert BASE.faults() == []
+    assert config_faults(BASE) == []

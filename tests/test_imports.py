@@ -81,7 +81,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.py", "errors.py", "files.py", "mesh.py", "process_tree.py", "storage.py", "stores.py"]
+    "name", ["checks.py", "config.py", "errors.py", "files.py", "mesh.py", "process_tree.py", "storage.py", "stores.py"]
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
     rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation")

@@ -144,7 +144,7 @@ def test_a_mesh_that_cannot_keep_the_global_batch_is_refused_with_the_numbers(un
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, undisturbed: Run) -> None:
     run, _ = lives_until_done(folder / "damaged", [])
     newest = run.checkpoints[-1]
-    shard = newest / "state" / "__0_0.distcp"
+    shard = newest / "state" / "00000-00000.bin"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

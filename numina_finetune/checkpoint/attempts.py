@@ -1,14 +1,18 @@
-"""One folder for each life of a run, with what became of it."""
+"""One place for each life of a run, with what became of it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from numina_finetune import storage
+from numina_finetune.checkpoint.layout import CHECKPOINTS, place_of
+from numina_finetune.errors import ConfigError
+from numina_finetune.storage import PreconditionFailed, StorageError, Store
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = "attempts"
 OUTCOME = "outcome.json"
@@ -19,43 +23,50 @@ class Attempt:
     """One life of a run: ``attempts/{number}/``."""
 
     number: int
-    folder: Path
+    store: Store
     process_index: int = 0
 
-    def finish(self, kind: str, *, step: int | None, reason: str) -> None:
+    def finish(self, kind: str, *, step: int | None, saved_step: int | None, reason: str) -> None:
         """Write ``outcome.json``, which supervisors believe before any exit code.
+
+        Where storage itself is what failed, that is said and not raised: the caller's own fault must be heard.
 
         Args:
             kind: ``done``, ``preempted``, ``stopped``, ``crashed`` or ``configuration``.
             step: finished optimizer steps, None where training never began.
+            saved_step: of the newest committed checkpoint that this life knows, None where it knows none.
         """
         name = OUTCOME if self.process_index == 0 else f"outcome.process-{self.process_index}.json"
-        storage.write_json(
-            self.folder / name,
-            {
-                "kind": kind,
-                "step": step,
-                "reason": reason,
-                "host": socket.gethostname(),
-                "process": self.process_index,
-                "time": time.time(),
-            },
-        )
-
-
-def open_attempt(run: Path) -> Attempt:
-    """Claim the next number; a folder is made by exactly one process."""
-    attempts = run / ATTEMPTS
-    attempts.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in attempts.iterdir() if path.name.isdigit()), default=0) + 1
-    while True:
+        outcome = {
+            "kind": kind,
+            "step": step,
+            "saved_step": saved_step,
+            "reason": reason,
+            "host": socket.gethostname(),
+            "process": self.process_index,
+            "time": time.time(),
+        }
         try:
-            (attempts / str(number)).mkdir()
-        except FileExistsError:
+            self.store.write_json(f"{ATTEMPTS}/{self.number}/{name}", outcome)
+        except (StorageError, ConfigError) as error:
+            logger.warning("what became of this life could not be recorded: %s", error)
+
+
+def attempt_numbers(store: Store) -> list[int]:
+    """Of the lives that have begun."""
+    parts = (name.split("/") for name in store.names(f"{ATTEMPTS}/"))
+    return sorted({int(part[1]) for part in parts if part[1].isdecimal()})
+
+
+def open_attempt(store: Store) -> Attempt:
+    """Claim the next number; exactly one process gets it."""
+    saved = (place_of(name) for name in store.names(f"{CHECKPOINTS}/"))
+    number = max([0, *attempt_numbers(store), *(place[1] for place in saved if place)]) + 1
+    while True:
+        started = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        try:
+            store.write_json(f"{ATTEMPTS}/{number}/started.json", started, if_generation=0)
+        except PreconditionFailed:
             number += 1
             continue
-        storage.write_json(
-            attempts / str(number) / "started.json",
-            {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()},
-        )
-        return Attempt(number, attempts / str(number))
+        return Attempt(number, store)

@@ -1,161 +1,285 @@
-"""Which checkpoints exist: a folder without its commit marker does not.
+"""Saving while training goes on, and resuming from the newest checkpoint that is sound.
 
-``checkpoints/step-00000123/attempt-2/`` holds the shards, then ``MANIFEST.json`` (every file with size and crc32c),
-then, last and atomically, ``COMMITTED``.
+A save copies this host's shards to host memory at a step's end, on the main thread, where all collectives are. A
+background thread stores them and confirms them with a done object; process 0's then waits for all hosts', and commits.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from numina_finetune import storage
-from numina_finetune.checkpoint.state import StateOwner
-from numina_finetune.errors import CheckpointError
+from numina_finetune.checkpoint.commit import Policy, Save, commit, prune
+from numina_finetune.checkpoint.reading import Checkpoint, Unsound, none_left, say_damaged
+from numina_finetune.checkpoint.state import StateDoor
+from numina_finetune.checkpoint.upload import Captured, confirm_host, report_failure, upload_host
+from numina_finetune.errors import ConfigError
+from numina_finetune.processes import ProcessGroup
+from numina_finetune.storage import Damaged, NotFound, StorageError, Store
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-MANIFEST = "MANIFEST.json"
-COMMITTED = "COMMITTED"
+CLOSING_PATIENCE = 25.0
+"""Seconds that a run which fails leaves a save on its way, where no machine is about to go."""
+_NOTICEABLE = 0.5
+"""Seconds of waiting that are worth a line."""
+
+
+class _GivenUp(Exception):
+    """The save was told to stop."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint."""
+class Saved:
+    """What a committed save cost."""
 
     step: int
-    attempt: int
-    folder: Path
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = storage.read_json(self.folder / MANIFEST)
-        return manifest
-
-
-def committed(run: Path) -> list[Checkpoint]:
-    """The run's committed checkpoints, newest first (by step, then by attempt)."""
-    found = [
-        Checkpoint(
-            int(marker.parts[-3].removeprefix("step-")), int(marker.parts[-2].removeprefix("attempt-")), marker.parent
-        )
-        for marker in (run / CHECKPOINTS).glob(f"step-*/attempt-*/{COMMITTED}")
-    ]
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt), reverse=True)
-
-
-def faults_of(checkpoint: Checkpoint) -> list[str]:
-    """What differs between the files and the manifest: nothing, in a sound checkpoint."""
-    try:
-        files: Mapping[str, Any] = checkpoint.manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{checkpoint.folder / MANIFEST} cannot be read: {error}"]
-    return [fault for name, facts in files.items() for fault in _file_faults(checkpoint.folder / name, facts)]
-
-
-def newest_sound(run: Path, wanted_step: int | None = None) -> Checkpoint | None:
-    """The newest committed checkpoint whose files are what they were; None where there is none at all.
-
-    Args:
-        wanted_step: only this step counts.
-
-    Raises:
-        CheckpointError: the wanted step is not there, or every checkpoint is damaged.
-    """
-    candidates = [c for c in committed(run) if wanted_step is None or c.step == wanted_step]
-    if wanted_step is not None and not candidates:
-        steps = sorted({c.step for c in committed(run)})
-        raise CheckpointError(
-            f"--resume-from-checkpoint {wanted_step}: no such committed checkpoint in {run}: "
-            f"there are steps {', '.join(map(str, steps)) or '(none)'}"
-        )
-    damage: list[str] = []
-    for checkpoint in candidates:
-        faults = faults_of(checkpoint)
-        if not faults:
-            return checkpoint
-        logger.warning(
-            "checkpoint of step %d is damaged, falling back to the one before: %s", checkpoint.step, faults[0]
-        )
-        damage += faults
-    if damage:
-        raise CheckpointError([*damage, f"no sound checkpoint is left in {run}: move that folder away to start anew"])
-    return None
+    stall_seconds: float
+    """Seconds that training stood still."""
+    total_seconds: float
+    """From its beginning to the commit."""
+    bytes: int
+    """Of all hosts' files."""
 
 
 class CheckpointManager:
-    """Saves, commits and prunes the checkpoints of one life of a run."""
+    """Saves, commits and prunes the checkpoints of one life of a run; at most one save is on its way."""
 
-    def __init__(self, run: Path, attempt: int, owner: StateOwner, *, keep: int, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        attempt: int,
+        door: StateDoor,
+        processes: ProcessGroup,
+        *,
+        hosts: int,
+        keep: int,
+        facts: Mapping[str, Any],
+        asynchronous: bool = True,
+        remaining: Callable[[], float | None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
-            keep: committed checkpoints that stay.
+            store: the run's place.
+            hosts: processes that write.
+            keep: committed checkpoints that stay; the best by evaluation besides.
             facts: what the manifest says besides the files: mesh, data key, versions.
+            remaining: seconds until the machine goes, None where none is known.
+            before_commit: called on process 0 in the background, for what must be durable with the checkpoint.
         """
-        self._run, self._attempt, self._owner = run, attempt, owner
-        self._keep, self._facts = keep, dict(facts)
+        self._store, self._attempt, self._door, self._processes = store, attempt, door, processes
+        self._hosts, self._keep, self._facts = hosts, keep, dict(facts)
+        self._asynchronous, self._remaining, self._before_commit = asynchronous, remaining, before_commit
+        self._evaluations: dict[int, float] = {}
+        self._flight: _Flight | None = None
+        self._saved: list[Saved] = []
+        self.committed_step: int | None = None
+        """Of the newest checkpoint that is known to be committed."""
 
-    def save(self, step: int) -> Checkpoint:
-        """Save and commit the present state; on return it is durable."""
-        started = time.monotonic()
-        folder = self._run / CHECKPOINTS / f"step-{step:08d}" / f"attempt-{self._attempt}"
-        self._owner.accelerator.save_state(str(folder))
-        self._owner.processes.barrier()
-        checkpoint = Checkpoint(step, self._attempt, folder)
-        if self._owner.process_index == 0:
-            _commit(checkpoint, self._facts)
-            self._prune(checkpoint)
-        self._owner.processes.barrier()
-        logger.info("checkpoint of step %d committed in %.1f s", step, time.monotonic() - started)
-        return checkpoint
+    @property
+    def busy(self) -> bool:
+        """Whether a save is on its way."""
+        return self._flight is not None and not self._flight.wait(0)
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Restore the state in place."""
-        self._owner.accelerator.load_state(str(checkpoint.folder))
+    def save(self, step: int, *, wait: bool = False) -> bool:
+        """Begin to save the present state, after the save before has ended. Collective.
 
-    def _prune(self, newest: Checkpoint) -> None:
-        """Drop the oldest beyond the limit, and this run's leftovers that were never committed.
+        Args:
+            wait: return when it is committed.
 
-        The one just committed stays in any case: after a resume from an earlier step, others may have a later one.
+        Returns:
+            False where the machine's grace ended first: the checkpoint before is then the newest.
+
+        Raises:
+            StorageError, ConfigError: this save or the one before could not be stored.
         """
-        others = [checkpoint for checkpoint in committed(self._run) if checkpoint != newest]
-        kept = {checkpoint.folder for checkpoint in [newest, *others[: self._keep - 1]]}
-        for folder in (self._run / CHECKPOINTS).glob("step-*/attempt-*"):
-            if folder in kept:
-                continue
-            # The marker goes first: a half-deleted checkpoint must not look committed.
-            (folder / COMMITTED).unlink(missing_ok=True)
-            storage.remove_folder(folder)
-        for folder in (self._run / CHECKPOINTS).glob("step-*"):
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        began = time.monotonic()
+        if not self.finish() or self._processes.any(self._is_late()):
+            return False
+        captured = self._door.capture()
+        policy = Policy(self._facts, dict(self._evaluations), self._keep, self._before_commit)
+        save = Save(self._store, step, self._attempt, self._hosts)
+        host = self._processes.index
+        self._flight = _Flight(save, host, captured, began, policy if host == 0 else None)
+        self._flight.start()
+        if wait or not self._asynchronous:
+            return self.finish()
+        self._flight.stall = time.monotonic() - began
+        return True
+
+    def finish(self) -> bool:
+        """Wait for the save on its way, if there is one. Collective.
+
+        Returns:
+            False where the machine's grace ended first.
+
+        Raises:
+            StorageError, ConfigError: it could not be stored, on this host or another.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return True
+        began = time.monotonic()
+        while not flight.wait(0.1):
+            if self._is_late():
+                flight.give_up()
+                break
+        waited = time.monotonic() - began
+        if waited > _NOTICEABLE and flight.stall is not None:
+            logger.info("waited %.1f s for the checkpoint of step %d to be stored", waited, flight.save.step)
+        error = None if flight.committed else flight.error
+        ends = self._processes.gather((flight.committed, f"{error}" if error else None))
+        if ends[0][0]:
+            self._note(flight)
+            return True
+        if failed := [index for index, (_, reason) in enumerate(ends) if reason]:
+            what = f"the checkpoint of step {flight.save.step} could not be saved"
+            if isinstance(error, ConfigError):
+                raise ConfigError(f"{what}: {error}") from error
+            where = "" if error else f" by process {failed[0]}"
+            raise StorageError(f"{what}{where}: {error or ends[failed[0]][1]}") from error
+        logger.warning(
+            "the checkpoint of step %d was given up: the time left was too short to store it", flight.save.step
+        )
+        return False
+
+    def close(self, patience: float = CLOSING_PATIENCE) -> None:
+        """Leave nothing on its way behind, whatever ended the run: wait a little, then give up."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        left = self._remaining()
+        if not flight.wait(patience if left is None else min(left, patience)):
+            flight.give_up()
+            logger.warning("the checkpoint of step %d was given up: it was not stored yet", flight.save.step)
+        elif flight.error:
+            logger.error("the checkpoint of step %d could not be saved: %s", flight.save.step, flight.error)
+
+    def load(self, candidates: Sequence[Checkpoint]) -> Checkpoint:
+        """Restore the state in place from the first candidate that is sound, on all processes the same. Collective.
+
+        Raises:
+            CheckpointError: none is sound, or the state is not of this model.
+        """
+        damage: list[str] = []
+        for checkpoint in candidates:
+            fault = self._try(checkpoint)
+            faults = [fault for fault in self._processes.gather(fault) if fault]
+            if not faults:
+                self.committed_step = checkpoint.step
+                return checkpoint
+            say_damaged(checkpoint, faults[0])
+            damage += faults
+        raise none_left(candidates[0], damage)
+
+    def note_evaluation(self, step: int, loss: float) -> None:
+        """The loss after ``step``: of the checkpoints that are evaluated, the best one stays."""
+        self._evaluations[step] = loss
+
+    def drain(self) -> list[Saved]:
+        """What the saves committed since the last time cost."""
+        saved, self._saved = self._saved, []
+        return saved
+
+    def _try(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with the checkpoint; None where the state has been restored from it."""
+        try:
+            opened = checkpoint.open()
+            self._door.restore(opened.shards(), opened.small(self._processes.index))
+        except Unsound as error:
+            return error.faults[0]
+        except (Damaged, NotFound) as error:
+            return f"{error}"
+        self._evaluations = {int(step): loss for step, loss in opened.manifest["evaluations"].items()}
+        return None
+
+    def _note(self, flight: _Flight) -> None:
+        save, now = flight.save, time.monotonic()
+        stall = now - flight.began if flight.stall is None else flight.stall
+        total = (flight.ended or now) - flight.began
+        self.committed_step = save.step
+        self._saved.append(Saved(save.step, stall, total, flight.stored))
+
+    def _is_late(self) -> bool:
+        left = self._remaining()
+        return left is not None and left <= 0
 
 
-def _commit(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-    files = {}
-    for path in _files_below(checkpoint.folder):
-        storage.sync_file(path)
-        files[str(path.relative_to(checkpoint.folder))] = {"size": path.stat().st_size, "crc32c": storage.crc32c(path)}
-    for folder in {path.parent for path in _files_below(checkpoint.folder)} | {checkpoint.folder.parent}:
-        storage.sync_folder(folder)
-    manifest = {"step": checkpoint.step, "attempt": checkpoint.attempt, **facts, "files": files}
-    storage.write_json(checkpoint.folder / MANIFEST, manifest)
-    storage.write_text(checkpoint.folder / COMMITTED, f"attempt {checkpoint.attempt}\n")
+class _Flight:
+    """One save on its way, on a thread of its own."""
 
+    def __init__(
+        self,
+        save: Save,
+        host: int,
+        captured: Captured,
+        began: float,
+        policy: Policy | None,
+    ) -> None:
+        """``policy``: only process 0's, which commits."""
+        self.save, self.began = save, began
+        self.stall: float | None = None
+        self.ended: float | None = None
+        """When it was committed, or on other processes than 0, when this host's part was stored."""
+        self.stored = captured.bytes
+        self.error: Exception | None = None
+        self.committed = False
+        self._host, self._captured, self._policy = host, captured, policy
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-save")
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, COMMITTED))
+    def start(self) -> None:
+        self._thread.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, in one way or the other."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
-def _file_faults(path: Path, facts: Mapping[str, Any]) -> list[str]:
-    if not path.is_file():
-        return [f"{path} is missing"]
-    if path.stat().st_size != facts["size"]:
-        return [f"{path} has {path.stat().st_size} bytes, the manifest says {facts['size']}"]
-    checksum = storage.crc32c(path)
-    return [] if checksum == facts["crc32c"] else [f"{path} has crc32c {checksum}, the manifest says {facts['crc32c']}"]
+    def give_up(self) -> None:
+        """Begin nothing more; a request under way is left to itself."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        try:
+            index = upload_host(self.save.store, self.save.prefix, self._host, self._captured, go_on=self._go_on)
+            confirm_host(self.save.store, self.save.prefix, self._host, index)
+            if self._policy:
+                self.stored = commit(self.save, self._policy, self._go_on)
+            self.ended, self.committed = time.monotonic(), True
+            if self._policy:
+                total = self.ended - self.began
+                stall = total if self.stall is None else self.stall
+                logger.info(
+                    "checkpoint of step %d committed: %.2f GB in %.1f s, of which training stood still for %.2f s",
+                    *(self.save.step, self.stored / 1e9, total, stall),
+                )
+        except _GivenUp:
+            return
+        except Exception as error:
+            self.error = error
+            self._tell_others(error)
+            return
+        if self._policy:
+            self._clean(self._policy)
+
+    def _tell_others(self, error: Exception) -> None:
+        try:
+            report_failure(self.save.store, self.save.prefix, self._host, error)
+        except Exception as second:  # storage is what failed, most likely: the others' patience will end
+            logger.debug("the failure could not be reported: %s", second)
+
+    def _clean(self, policy: Policy) -> None:
+        try:
+            prune(self.save, policy)
+        except (StorageError, ConfigError) as error:
+            logger.warning("old checkpoints could not be deleted: %s", error)
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise _GivenUp

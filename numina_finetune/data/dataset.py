@@ -36,6 +36,7 @@ from numina_finetune.data.token_index import ARRAYS, GrowingArray, TokenIndex, d
 from numina_finetune.data.tool_columns import ToolColumns
 from numina_finetune.data.workers import ordered_map
 from numina_finetune.errors import DataError
+from numina_finetune.files import user_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -90,8 +91,8 @@ def build_index(
         _write_index(folder, sources, tokenizer, options, workers, streaming)
 
     if str(cache_dir).startswith("gs://"):
-        return open_index(fetch_or_build(str(cache_dir), key, _default_cache(), build))
-    local = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+        return open_index(fetch_or_build(str(cache_dir), key, user_cache(), build))
+    local = Path(cache_dir).expanduser() if cache_dir else user_cache()
     return open_index(_built_once(local, key, build))
 
 
@@ -196,10 +197,6 @@ def _built_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Pat
     finally:
         lock.release()
     return folder
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numina_finetune"
 
 
 def _write_index(

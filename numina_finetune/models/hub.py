@@ -10,6 +10,8 @@ from huggingface_hub import errors as hub_errors
 
 from numina_finetune.config import ALIASES
 from numina_finetune.errors import ConfigError
+from numina_finetune.files import user_cache
+from numina_finetune.models.staged import staged_model
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,9 @@ _CONFIRMED_ABSENT = (
 
 
 def resolve_name(name: str) -> str:
-    """The hub's own name for what the user typed."""
+    """The hub's own name for what the user typed; of a model staged in a bucket, this machine's copy."""
+    if name.startswith("gs://"):
+        return str(staged_model(name, user_cache() / "models"))
     resolved = ALIASES.get(name, name)
     if resolved != name:
         logger.warning("%s is taken to mean %s", name, resolved)

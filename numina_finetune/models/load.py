@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,6 +21,8 @@ from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import BUILTIN, tiny_config
 from numina_finetune.models.hub import from_hub, resolve_name
 from numina_finetune.models.precision import WEIGHT_DTYPES
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("qwen3", "llama")
 """``model_type`` of the architectures whose layers, masks and sharding are known."""
@@ -67,6 +72,17 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights
         dtype=dtype,
         attn_implementation=SEGMENT_ATTENTION,
     )
+
+
+def load_generation_config(config: RunConfig, model_config: PretrainedConfig) -> GenerationConfig:
+    """The model's own, or, where it has none, one derived from its configuration."""
+    name = resolve_name(config.model_name)
+    if name not in BUILTIN:
+        try:
+            return GenerationConfig.from_pretrained(name, revision=config.model_revision)
+        except OSError:
+            logger.info("%s has no generation configuration: derived from its model configuration", name)
+    return GenerationConfig.from_model_config(model_config)
 
 
 def _from_config(model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -18,7 +18,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     name = resolve_name(config.tokenizer)
     if name in BUILTIN:
-        return AutoTokenizer.from_pretrained(str(TINY_TOKENIZER))
+        return _without_traces(AutoTokenizer.from_pretrained(str(TINY_TOKENIZER)))
     own = config.tokenizer_name is not None
     option, revision = ("--tokenizer-name", None) if own else ("--model-name", config.model_revision)
     tokenizer = from_hub(AutoTokenizer, name, option, revision=revision)
@@ -28,4 +28,10 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"{option} {name} has a tokenizer with neither a padding nor an end token: use another tokenizer"
         )
+    return _without_traces(tokenizer)
+
+
+def _without_traces(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Without what an export would tell of the process that loaded it: whether it was kept off the hub."""
+    tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from numina_finetune.checkpoint.shards import load_shards, save_shards
+from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
@@ -53,6 +52,8 @@ class NativeBackend:
         self.mesh_shape = _data_mesh(config.mesh, self.process_count)
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1
         self.processes = ProcessGroup()
+        kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(kept), threads=COPIES)
         self.device = self.accelerator.device
         self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
 
@@ -98,11 +99,11 @@ class NativeBackend:
         loss, tokens = self._sum_over_processes(totals).tolist()
         return loss, int(tokens)
 
-    def save(self, folder: Path) -> None:
-        save_shards(self._state(), folder)
+    def snapshot(self) -> list[Shard]:
+        return self._snapshots.take(self._state())
 
-    def load(self, folder: Path) -> None:
-        load_shards(self._state(), folder)
+    def restore(self, shards: ShardReader) -> None:
+        shards.fill(self._state())
 
     def summary(self) -> str:
         return "eager execution: no graph to compile"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from numina_finetune.checkpoint.shards import Shard, ShardReader
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch
 from numina_finetune.mesh import MeshShape
@@ -69,11 +69,14 @@ class Backend(Protocol):
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         """Summed loss and supervised tokens, over all processes."""
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer, sharded, under Hugging Face parameter names."""
+    def snapshot(self) -> list[Shard]:
+        """This process's share of model and optimizer, copied to host memory, under Hugging Face parameter names.
 
-    def load(self, folder: Path) -> None:
-        """The inverse of :meth:`save`, in place, from whatever mesh or backend wrote it."""
+        Collective the first time.
+        """
+
+    def restore(self, shards: ShardReader) -> None:
+        """The inverse of :meth:`snapshot`, in place, from whatever mesh or backend wrote it."""
 
     def summary(self) -> str:
         """What the run cost in compilations and host reads, in one line."""

@@ -5,39 +5,45 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from numina_finetune import storage
-from numina_finetune.checkpoint.manager import committed
+from numina_finetune.checkpoint.reading import Checkpoint, Unsound, committed
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
+from numina_finetune.storage import Damaged, NotFound, Store, open_store
 
 RECORD = "run.yaml"
-MODEL = "model"
+OPTIMIZER_SETTINGS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""What the optimizer's moments were made with; rates and decay may change under them."""
 
 
-def read_record(run: Path) -> dict[str, Any] | None:
-    """The record of the run in ``run``; None where none began, or none got as far as a checkpoint worth protecting.
+def read_record(store: Store) -> dict[str, Any] | None:
+    """The record of a run; None where none began, or none got as far as a checkpoint worth protecting.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = run / RECORD
-    if not path.is_file() or not committed(run):
-        return None
     try:
-        record: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = store.read(RECORD)
+        if not committed(store):
+            return None
+        record: dict[str, Any] = yaml.safe_load(text)
         return {**record, "identity": dict(record["identity"])}
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} is damaged or no record of a run ({error!r}): move its folder away") from error
+    except NotFound:
+        return None
+    except (Damaged, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{store.address(RECORD)} is damaged or no record of a run ({error!r}): move its folder away"
+        ) from error
 
 
 def write_record(
-    run: Path, config: RunConfig, *, global_batch: int, data_key: str, tokenizer: str, total_steps: int
+    store: Store, config: RunConfig, *, global_batch: int, data_key: str, tokenizer: str, total_steps: int
 ) -> None:
     """Write the record of a run's first life."""
     record = {
@@ -50,7 +56,7 @@ def write_record(
         "config": config.to_mapping(),
         "versions": versions(),
     }
-    storage.write_text(run / RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+    store.write(RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
 
 
 def versions() -> dict[str, str]:
@@ -66,70 +72,127 @@ def versions() -> dict[str, str]:
 
 
 def check_output(config: RunConfig) -> None:
-    """Refuse an output folder that this command may not write into.
+    """Refuse an output place that this command may not write into.
 
-    A folder may hold many runs, each under its own ``--run-id``. What is refused is to continue a run with other
+    A place may hold many runs, each under its own ``--run-id``. What is refused is to continue a run with other
     settings, and to begin an unnamed run beside another one: on a machine that comes and goes, a setting changed by
     accident would otherwise throw away what was trained.
 
     Raises:
-        CheckpointError: the folder cannot be used, or holds another run; or its record cannot be read.
+        CheckpointError: the place cannot be used, or holds another run; or its record cannot be read.
     """
-    if faults := _output_faults(config):
+    faults = [] if config.output_dir.startswith("gs://") else _folder_faults(Path(config.output_dir).expanduser())
+    if faults := faults or _run_faults(config):
         raise CheckpointError(faults)
 
 
-def _output_faults(config: RunConfig) -> list[str]:
-    folder = Path(config.output_dir)
+def _folder_faults(folder: Path) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"--output-dir {folder} is a file: give a folder"]
     if not os.access(_nearest_existing(folder), os.W_OK):
         return [f"--output-dir {folder} cannot be written to: give a folder of your own"]
-    own = config.run_dir
+    return []
+
+
+def _run_faults(config: RunConfig) -> list[str]:
+    place, own = config.output_dir, open_store(config.run_url)
     record = read_record(own)
     if record is not None:
-        differences = _differences(record["identity"], config.identity())
+        differences = _differences(record["identity"], config.identity(), data_may_change=config.allow_data_change)
         return [
-            f"--output-dir {folder} holds run {own.name} with {name} {old!r}, this command has {new!r}: "
+            f"--output-dir {place} holds run {config.resolved_run_id} with {name} {old!r}, this command has {new!r}: "
             "restore it to resume, or give another --run-id or --output-dir"
             for name, old, new in differences
         ]
-    if committed(own) and not (own / RECORD).is_file():
-        return [f"{own} has checkpoints but no {RECORD}: give another --run-id"]
+    if committed(own) and own.stat(RECORD) is None:
+        return [f"{own.url} has checkpoints but no {RECORD}: give another --run-id"]
     if config.run_id:
         return []
-    for other in sorted(path.parent for path in folder.glob(f"*/{RECORD}")):
-        theirs = read_record(other)
+    for other in open_store(place).folders():
+        theirs = read_record(open_store(f"{place.rstrip('/')}/{other}"))
         if theirs is not None:
             differences = _differences(theirs["identity"], config.identity())
             told = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences)
             return [
-                f"--output-dir {folder} holds the checkpoints of another run, {other.name} ({told}): restore its "
+                f"--output-dir {place} holds the checkpoints of another run, {other} ({told}): restore its "
                 "settings to resume it, or give this one a --run-id or another --output-dir"
             ]
     return []
 
 
-def resume_faults(record: Mapping[str, Any], *, data_key: str, tokenizer: str) -> None:
+def resume_faults(record: Mapping[str, Any], *, data_key: str, tokenizer: str, data_may_change: bool) -> None:
     """Refuse a resume on other data or another tokenizer.
 
     Raises:
         CheckpointError: naming both values.
     """
     faults = []
-    for name, now in (("data_key", data_key), ("tokenizer", tokenizer)):
-        if record[name] != now:
-            what = "training data" if name == "data_key" else "tokenizer"
-            faults.append(
-                f"the {what} changed since run {record['run_id']} began: {name} was {record[name]}, is {now}: "
-                "restore it, or give another --run-id"
-            )
+    if record["data_key"] != data_key and not data_may_change:
+        faults.append(
+            f"the training data changed since run {record['run_id']} began: data_key was {record['data_key']}, is "
+            f"{data_key}: restore it, give another --run-id, or go on from the same row position with "
+            "--allow-data-change"
+        )
+    if record["tokenizer"] != tokenizer:
+        faults.append(
+            f"the tokenizer changed since run {record['run_id']} began: tokenizer was {record['tokenizer']}, is "
+            f"{tokenizer}: restore it, or give another --run-id"
+        )
     if faults:
         raise CheckpointError(faults)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_change: bool) -> None:
+    """Refuse to begin from another run's checkpoint that does not fit.
+
+    Args:
+        now: what this run's own manifests say.
+
+    Raises:
+        CheckpointError: naming both values; or the checkpoint is not sound.
+    """
+    try:
+        then = checkpoint.open().manifest
+    except Unsound as error:
+        raise CheckpointError(error.faults) from error
+    told = {"model": "model", "tokenizer": "tokenizer", "optimizer": "optimizer", "precision": "--precision"}
+    if not data_may_change:
+        told["data_key"] = "training data (data_key)"
+    hint = {"data_key": "restore it, or go on from the same row position with --allow-data-change"}
+    faults = [
+        f"--resume-from-checkpoint {checkpoint.address}: its {what} is {then.get(name)!r}, this run's {now[name]!r}: "
+        + hint.get(name, "use that one, or another checkpoint")
+        for name, what in told.items()
+        if then.get(name) != now[name]
+    ]
+    if faults:
+        raise CheckpointError(faults)
+
+
+def facts_of(
+    config: RunConfig, *, data_key: str, tokenizer: str, global_batch: int, mesh: Mapping[str, int], backend: str
+) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run besides its files."""
+    return {
+        "run_id": config.resolved_run_id,
+        "model": {"name": config.model_name, "revision": config.model_revision},
+        "tokenizer": tokenizer,
+        "precision": config.precision,
+        "optimizer": {name: getattr(config, name) for name in OPTIMIZER_SETTINGS},
+        "data_key": data_key,
+        "global_batch_size": global_batch,
+        "mesh": dict(mesh),
+        "backend": backend,
+        "versions": versions(),
+    }
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, data_may_change: bool = False
+) -> list[tuple[str, Any, Any]]:
+    free = {"datasets", *(f.name for f in fields(RunConfig) if f.metadata.get("group") == "Data")}
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in names if not (data_may_change and name in free)]
     return [("the datasets" if name == "datasets" else flag(name), old.get(name), new.get(name)) for name in names]
 
 

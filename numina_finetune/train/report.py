@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from numina_finetune import storage
+from numina_finetune.checkpoint.manager import Saved
 from numina_finetune.train.backend import StepMetrics
+from numina_finetune.train.place import METRICS
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class Report:
@@ -60,8 +61,7 @@ class Report:
             records.append(_record(self._step, metric, learning_rate, rate, self._life))
         if not self._active:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        self._write(*records)
         for record in records:
             numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
             self._accelerator.log(numbers, step=record["step"])
@@ -71,11 +71,15 @@ class Report:
         """Record the evaluation loss after ``step``."""
         record = {"step": step, "eval_loss": loss, "eval_tokens": tokens, "life": self._life}
         if self._active:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._write(record)
             self._accelerator.log({"eval_loss": loss}, step=step)
             self._say(f"step {step}/{self._total}  evaluation loss {loss:.4f} over {tokens} tokens")
         self._since = time.monotonic()
+
+    def log_checkpoint(self, saved: Saved) -> None:
+        """Record what a checkpoint cost."""
+        if self._active:
+            self._write({"step": saved.step, "checkpoint": asdict(saved), "life": self._life})
 
     def pause_clock(self) -> None:
         """Leave out of the next rate what was not training, such as a save."""
@@ -83,6 +87,10 @@ class Report:
 
     def close(self) -> None:
         self._bar.close()
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
     def _show(self, metric: StepMetrics, learning_rate: float, rate: float, seconds_a_step: float) -> None:
         self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
@@ -114,13 +122,17 @@ def _record(step: int, metric: StepMetrics, learning_rate: float, rate: float, l
 
 
 def _keep_records_up_to(path: Path, step: int) -> None:
-    """Forget steps that an earlier life made after its last checkpoint: this life makes them again."""
+    """Forget what an earlier life did after its last checkpoint: this life makes those steps again.
+
+    The evaluation after the checkpoint's own step is among it: saves come before evaluations.
+    """
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] < step or (record["step"] == step and "eval_loss" not in record):
                 kept.append(line + "\n")
         except ValueError:  # a line cut off by a kill
             logger.info("dropped an incomplete line of %s", path)

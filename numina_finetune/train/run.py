@@ -7,17 +7,18 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from numina_finetune import launch, storage
-from numina_finetune.checkpoint.attempts import ATTEMPTS, Attempt, open_attempt
-from numina_finetune.checkpoint.manager import Checkpoint, CheckpointManager, committed, newest_sound
+from numina_finetune import launch
+from numina_finetune.checkpoint.attempts import Attempt, open_attempt
+from numina_finetune.checkpoint.manager import CheckpointManager
 from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
-from numina_finetune.checkpoint.state import STATE_FOLDER, attach
+from numina_finetune.checkpoint.reading import Checkpoint, checkpoint_at, committed, drop_unsound, of_step
+from numina_finetune.checkpoint.state import StateDoor
+from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data.dataset import build_index, tokenizer_hash
 from numina_finetune.data.loader import Loader
@@ -26,21 +27,21 @@ from numina_finetune.data.sources import evaluation_source, preflight
 from numina_finetune.data.token_index import TokenIndex, cap_samples, split_validation
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
-from numina_finetune.models.builtin import BUILTIN
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_model
-from numina_finetune.models.hub import resolve_name
-from numina_finetune.models.load import load_config, load_model
+from numina_finetune.models.load import load_config, load_generation_config, load_model
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
+from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
+from numina_finetune.train.place import DATA_REPORT, METRICS, MODEL, RunPlace, open_place
 from numina_finetune.train.record import (
-    MODEL,
     check_output,
+    facts_of,
+    origin_faults,
     read_record,
     resume_faults,
-    versions,
     write_record,
 )
 from numina_finetune.train.report import Report
@@ -66,14 +67,16 @@ def check(config: RunConfig, backend: str) -> None:
     Raises:
         ConfigError: all of it at once.
     """
-    faults = [*config.faults(), *launch.faults(backend), *preflight(config.datasets, config)]
+    faults = [*config_faults(config), *launch.faults(backend), *preflight(config.datasets, config)]
     devices = launch.device_count(backend)
     if devices is not None:
         faults += _problems(lambda: parse_mesh(config.mesh, devices))
     if config.model_name:
         faults += _problems(lambda: load_config(config, load_tokenizer(config)))
-    if config.output_dir and not config.output_dir.startswith("gs://"):
+    if config.output_dir:
         faults += _problems(lambda: check_output(config))
+    if "/" in config.resume_from_checkpoint:
+        faults += _problems(lambda: checkpoint_at(config.resume_from_checkpoint))
     if faults:
         raise ConfigError(faults)
 
@@ -86,79 +89,217 @@ def train(config: RunConfig, make_backend: MakeBackend, notice: StopNotice) -> E
         data, plan = _prepare(config, backend, load_tokenizer(config), None)
         _say(backend, f"dry run: {_describe(data, plan)}")
         return ExitCode.DONE
-    run = config.run_dir
-    number = backend.processes.broadcast(open_attempt(run).number if backend.process_index == 0 else None)
-    attempt = Attempt(number, run / ATTEMPTS / str(number), backend.process_index)
-    progress = Progress()
+    place = open_place(config)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    number = backend.processes.broadcast(open_attempt(place.store).number if backend.process_index == 0 else None)
+    attempt = Attempt(number, place.store, backend.process_index)
+    life = _Life(config, backend, place, attempt, Progress(), notice)
     try:
-        finished = _live(config, backend, run, attempt, progress, notice)
+        finished = life.run()
     except BaseException as error:
         kind = {UserError: "configuration", KeyboardInterrupt: "stopped"}
         name = next((name for cls, name in kind.items() if isinstance(error, cls)), "crashed")
-        attempt.finish(name, step=progress.step, reason="".join(traceback.format_exception_only(error)).strip())
+        life.finish(name, "".join(traceback.format_exception_only(error)).strip())
         raise
-    return _outcome(attempt, progress, notice, finished)
+    return life.outcome(finished)
 
 
-def _live(
-    config: RunConfig, backend: Backend, run: Path, attempt: Attempt, progress: Progress, notice: StopNotice
-) -> bool:
-    """Resume, train, export; whether the run is finished."""
-    tokenizer = load_tokenizer(config)
-    record = backend.processes.broadcast(read_record(run))
-    data, plan = _prepare(config, backend, tokenizer, record)
-    _say(backend, f"{run}: {_describe(data, plan)}")
-    _claim(config, backend, run, record, data, plan, tokenizer)
-    checkpoint = backend.processes.broadcast(_checkpoint_to_resume(config, run) if backend.process_index == 0 else None)
-    if checkpoint is not None and checkpoint.step >= plan.total_steps and (run / MODEL).is_dir():
-        progress.step = checkpoint.step
-        _say(backend, f"nothing to do: the run has made all {plan.total_steps} steps; the model is in {run / MODEL}")
-        return True
+@dataclass
+class _Life:
+    """One life of a run, from its data to its outcome."""
 
-    backend.place(load_model(config, tokenizer, weights=checkpoint is None), config)
-    attach(backend, progress)
-    facts = {
-        "mesh": backend.mesh_shape.by_axis,
-        "backend": backend.name,
-        "data_key": data.index.data_key,
-        "global_batch_size": plan.batch.global_batch,
-        "versions": versions(),
-    }
-    checkpoints = CheckpointManager(run, attempt.number, backend, keep=config.save_total_limit, facts=facts)
-    if checkpoint is not None:
-        checkpoints.load(checkpoint)
-        _say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
-    if config.trackers:
-        backend.accelerator.init_trackers("numina_finetune", config=_flat(config))
-    report = Report(
-        run,
-        backend.accelerator,
-        life=attempt.number,
-        step=progress.step,
-        total_steps=plan.total_steps,
-        active=backend.process_index == 0,
-    )
-    trainer = Trainer(
-        config,
-        backend,
-        plan,
-        data.train,
-        data.evaluation,
-        progress=progress,
-        checkpoints=checkpoints,
-        report=report,
-        notice=notice,
-    )
-    try:
-        finished = trainer.run()
-    finally:
-        report.close()
+    config: RunConfig
+    backend: Backend
+    place: RunPlace
+    attempt: Attempt
+    progress: Progress
+    notice: StopNotice
+    checkpoints: CheckpointManager | None = None
+
+    def run(self) -> bool:
+        """Resume, train, export; whether the run is finished."""
+        config, backend, place = self.config, self.backend, self.place
+        tokenizer = load_tokenizer(config)
+        record = backend.processes.broadcast(read_record(place.store) if backend.process_index == 0 else None)
+        data, plan = _prepare(config, backend, tokenizer, record)
+        _say(backend, f"{place.url}: {_describe(data, plan)}")
+        fingerprint = tokenizer_hash(tokenizer)
+        self._claim(record, data, plan, fingerprint)
+        facts = facts_of(
+            config,
+            data_key=data.index.data_key,
+            tokenizer=fingerprint,
+            global_batch=plan.batch.global_batch,
+            mesh=backend.mesh_shape.by_axis,
+            backend=backend.name,
+        )
+        candidates = self._candidates(facts)
+        if candidates and candidates[0].step >= plan.total_steps and place.has_model():
+            self.progress.step = candidates[0].step
+            _say(
+                backend,
+                f"nothing to do: the run has made all {plan.total_steps} steps; the model is in {place.url}/{MODEL}",
+            )
+            return True
+
+        backend.place(load_model(config, tokenizer, weights=not candidates), config)
+        self.checkpoints = CheckpointManager(
+            place.store,
+            self.attempt.number,
+            StateDoor(backend, self.progress),
+            backend.processes,
+            hosts=backend.process_count,
+            keep=config.save_total_limit,
+            facts=facts,
+            asynchronous=config.async_save,
+            remaining=self.notice.remaining,
+            before_commit=lambda: place.publish(METRICS),
+        )
+        if candidates:
+            checkpoint = self.checkpoints.load(candidates)
+            _say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
+        finished = self._train(data, plan, self.checkpoints)
+        _say(backend, backend.summary())
+        if finished:
+            self._export(tokenizer, data)
+        return finished
+
+    def outcome(self, finished: bool) -> ExitCode:
+        """Record what became of this life, and say it by the exit code."""
+        if finished:
+            self.finish("done", "all steps made, model exported")
+            return ExitCode.DONE
+        saved = self.checkpoints and self.checkpoints.committed_step
+        lost = "" if saved == self.progress.step else f"; not saved in the time left: the newest checkpoint is {saved}"
+        if self.notice.signal == signal.SIGINT:
+            self.finish("stopped", self.notice.reason + lost)
+            return ExitCode.STOPPED
+        self.finish("preempted", self.notice.reason + lost)
+        return ExitCode.PREEMPTED
+
+    def finish(self, kind: str, reason: str) -> None:
+        """Record what became of this life."""
+        saved = self.checkpoints.committed_step if self.checkpoints else None
+        self.attempt.finish(kind, step=self.progress.step, saved_step=saved, reason=reason)
+
+    def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager) -> bool:
+        config, backend = self.config, self.backend
         if config.trackers:
-            backend.accelerator.end_training()
-    _say(backend, backend.summary())
-    if finished:
-        _export(config, backend, run, progress, tokenizer, data)
-    return finished
+            backend.accelerator.init_trackers("numina_finetune", config=_flat(config))
+        first = backend.process_index == 0
+        if first:
+            self.place.fetch(METRICS)
+        report = Report(
+            self.place.folder,
+            backend.accelerator,
+            life=self.attempt.number,
+            step=self.progress.step,
+            total_steps=plan.total_steps,
+            active=first,
+        )
+        trainer = Trainer(
+            config,
+            backend,
+            plan,
+            data.train,
+            data.evaluation,
+            progress=self.progress,
+            checkpoints=checkpoints,
+            report=report,
+            notice=self.notice,
+        )
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:  # the user's second word: at once
+            checkpoints.close(patience=0)
+            raise
+        finally:
+            checkpoints.close()
+            report.close()
+            if config.trackers:
+                backend.accelerator.end_training()
+
+    def _claim(self, record: Mapping[str, Any] | None, data: Data, plan: Plan, tokenizer: str) -> None:
+        """Write the run's record in its first life; in a later one, refuse what does not match it."""
+        if record is not None:
+            may_change = self.config.allow_data_change
+            resume_faults(record, data_key=data.index.data_key, tokenizer=tokenizer, data_may_change=may_change)
+            if record["data_key"] != data.index.data_key:
+                _say(
+                    self.backend,
+                    f"the training data changed (data_key was {record['data_key']}, is {data.index.data_key}): "
+                    "going on from the same row position, as --allow-data-change asks for",
+                )
+        elif self.backend.process_index == 0:
+            self.place.store.write_json(DATA_REPORT, data.index.report)
+            write_record(
+                self.place.store,
+                self.config,
+                global_batch=plan.batch.global_batch,
+                data_key=data.index.data_key,
+                tokenizer=tokenizer,
+                total_steps=plan.total_steps,
+            )
+        self.backend.processes.barrier()
+
+    def _candidates(self, facts: Mapping[str, Any]) -> list[Checkpoint]:
+        """The checkpoints to resume from, the first one first, the same on every process."""
+        found = _wanted(self.config, self.place, facts) if self.backend.process_index == 0 else []
+        plain = [(c.step, c.attempt, c.store.url, c.prefix) for c in found]
+        own = self.place.store
+        return [
+            Checkpoint(step, attempt, own if url == own.url else open_store(url), prefix)
+            for step, attempt, url, prefix in self.backend.processes.broadcast(plain)
+        ]
+
+    def _export(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        """The final checkpoint as a plain Hugging Face folder."""
+        config, place, progress = self.config, self.place, self.progress
+        if self.backend.process_index == 0:
+            model_config = load_config(config, tokenizer)
+            export_model(
+                committed(place.store)[0].open().shards(),
+                place.folder / MODEL,
+                config=model_config,
+                tokenizer=tokenizer,
+                generation=load_generation_config(config, model_config),
+                card=model_card(
+                    config, run_id=place.name, steps=progress.step, tokens=progress.tokens, data=data.index.report
+                ),
+                dtype=EXPORT_DTYPES[config.precision],
+            )
+            place.publish_model()
+            place.publish(METRICS)
+            _say(
+                self.backend,
+                f"done: {progress.step} steps, {progress.tokens} tokens; the model is in {place.url}/{MODEL}",
+            )
+        self.backend.processes.barrier()
+
+
+def _wanted(config: RunConfig, place: RunPlace, facts: Mapping[str, Any]) -> list[Checkpoint]:
+    """What ``--resume-from-checkpoint`` asks for, from the first one on that is whole.
+
+    Raises:
+        CheckpointError: it is not there, is damaged, or does not fit.
+    """
+    wish, own = config.resume_from_checkpoint, committed(place.store)
+    if wish == "none":
+        if own:
+            raise CheckpointError(
+                f"--resume-from-checkpoint none, but {place.url} has a checkpoint of step {own[0].step}: "
+                "give another --run-id to start anew, or leave the option out to resume"
+            )
+        return []
+    if wish.isdecimal():
+        return drop_unsound(of_step(place.store, int(wish)))
+    if wish == "auto" or own:
+        if wish != "auto":
+            logger.info("%s has checkpoints of its own: they count, not --resume-from-checkpoint %s", place.url, wish)
+        return drop_unsound(own)
+    origin = checkpoint_at(wish)
+    origin_faults(origin, facts, data_may_change=config.allow_data_change)
+    return [origin]
 
 
 def _prepare(
@@ -205,91 +346,10 @@ def _index(config: RunConfig, sources: Sequence[SourceConfig], tokenizer: PreTra
         sources,
         tokenizer,
         IndexOptions.of(config),
-        config.cache_dir,
+        config.token_cache,
         workers=config.preprocessing_num_workers,
         streaming=config.streaming,
     )
-
-
-def _claim(
-    config: RunConfig,
-    backend: Backend,
-    run: Path,
-    record: Mapping[str, Any] | None,
-    data: Data,
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Write the run's record in its first life; in a later one, refuse what does not match it."""
-    fingerprint = tokenizer_hash(tokenizer)
-    if record is not None:
-        resume_faults(record, data_key=data.index.data_key, tokenizer=fingerprint)
-    elif backend.process_index == 0:
-        storage.write_json(run / "data_report.json", data.index.report)
-        write_record(
-            run,
-            config,
-            global_batch=plan.batch.global_batch,
-            data_key=data.index.data_key,
-            tokenizer=fingerprint,
-            total_steps=plan.total_steps,
-        )
-    backend.processes.barrier()
-
-
-def _checkpoint_to_resume(config: RunConfig, run: Path) -> Checkpoint | None:
-    wish = config.resume_from_checkpoint
-    if wish == "none":
-        if found := committed(run):
-            raise CheckpointError(
-                f"--resume-from-checkpoint none, but {run} has a checkpoint of step {found[0].step}: "
-                "give another --run-id to start anew, or leave the option out to resume"
-            )
-        return None
-    return newest_sound(run, None if wish == "auto" else int(wish))
-
-
-def _export(
-    config: RunConfig, backend: Backend, run: Path, progress: Progress, tokenizer: PreTrainedTokenizerBase, data: Data
-) -> None:
-    """The final checkpoint as a plain Hugging Face folder."""
-    if backend.process_index == 0:
-        model_config = load_config(config, tokenizer)
-        export_model(
-            committed(run)[0].folder / STATE_FOLDER,
-            run / MODEL,
-            config=model_config,
-            tokenizer=tokenizer,
-            generation=_generation_config(config, model_config),
-            card=model_card(
-                config, run_id=run.name, steps=progress.step, tokens=progress.tokens, data=data.index.report
-            ),
-            dtype=EXPORT_DTYPES[config.precision],
-        )
-        _say(backend, f"done: {progress.step} steps, {progress.tokens} tokens; the model is in {run / MODEL}")
-    backend.processes.barrier()
-
-
-def _generation_config(config: RunConfig, model_config: PretrainedConfig) -> GenerationConfig:
-    name = resolve_name(config.model_name)
-    if name not in BUILTIN:
-        try:
-            return GenerationConfig.from_pretrained(name, revision=config.model_revision)
-        except OSError:
-            logger.info("%s has no generation configuration: derived from its model configuration", name)
-    return GenerationConfig.from_model_config(model_config)
-
-
-def _outcome(attempt: Attempt, progress: Progress, notice: StopNotice, finished: bool) -> ExitCode:
-    if finished:
-        attempt.finish("done", step=progress.step, reason="all steps made, model exported")
-        return ExitCode.DONE
-    if notice.signal == signal.SIGINT:
-        attempt.finish("stopped", step=progress.step, reason="SIGINT")
-        return ExitCode.STOPPED
-    reason = notice.signal.name if notice.signal else "another process was asked to stop"
-    attempt.finish("preempted", step=progress.step, reason=reason)
-    return ExitCode.PREEMPTED
 
 
 def _describe(data: Data, plan: Plan) -> str:

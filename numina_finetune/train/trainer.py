@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,28 +53,41 @@ class Trainer:
         self._config, self._backend, self._plan = config, backend, plan
         self._train_rows, self._eval_rows = train_rows, eval_rows
         self._progress, self._checkpoints, self._report, self._notice = progress, checkpoints, report, notice
-        self._saved_step = progress.step
+        self._saved_step, self._saved_at = progress.step, time.monotonic()
         self._pending: list[tuple[DeviceMetrics, float]] = []
         self._skipped_in_a_row = 0
 
     def run(self) -> bool:
         """Train until the last step (True) or until any process is asked to stop (False); saved either way."""
+        if self._evaluation_due():  # a life that ended between its last save and the evaluation
+            self._evaluate()
         while self._progress.step < self._plan.total_steps:
             if self._backend.processes.any(self._notice.wanted):
-                self._save()
+                self._notice.follow(self._backend.processes.gather(self._notice.told))
+                self._save(wait=True)
                 return False
             self._train_step()
-            step = self._progress.step
-            if step % self._config.logging_steps == 0:
+            if self._progress.step % self._config.logging_steps == 0:
                 self._log()
-            if self._config.save_steps and step % self._config.save_steps == 0:
+            if self._save_due():
                 self._save()
-            if self._config.eval_steps and step % self._config.eval_steps == 0:
+            if self._evaluation_due():
                 self._evaluate()
-        self._save()
-        if not self._config.eval_steps or self._progress.step % self._config.eval_steps:
-            self._evaluate()
+        self._checkpoints.finish()
+        self._report_saves()
         return True
+
+    def _save_due(self) -> bool:
+        step, config = self._progress.step, self._config
+        if step == self._plan.total_steps or (config.save_steps and step % config.save_steps == 0):
+            return True
+        if not config.save_minutes:
+            return False
+        return self._backend.processes.any(time.monotonic() - self._saved_at >= 60 * config.save_minutes)
+
+    def _evaluation_due(self) -> bool:
+        step, every = self._progress.step, self._config.eval_steps
+        return step > 0 and (step == self._plan.total_steps or (every > 0 and step % every == 0))
 
     def _train_step(self) -> None:
         learning_rate = learning_rate_at(self._progress.step, self._plan.total_steps, self._config)
@@ -107,17 +121,23 @@ class Trainer:
             if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingDiverged(
                     f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row had a non-finite loss or gradient and were "
-                    f"skipped; the last checkpoint is of step {self._saved_step}: lower --learning-rate or look at "
-                    "the data there"
+                    f"skipped; the last checkpoint is of step {self._checkpoints.committed_step or 0}: lower "
+                    "--learning-rate or look at the data there"
                 )
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         self._log()
         if self._saved_step == self._progress.step:
-            return
-        self._checkpoints.save(self._progress.step)
-        self._saved_step = self._progress.step
+            if wait:
+                self._checkpoints.finish()
+        elif self._checkpoints.save(self._progress.step, wait=wait):
+            self._saved_step, self._saved_at = self._progress.step, time.monotonic()
+        self._report_saves()
         self._report.pause_clock()
+
+    def _report_saves(self) -> None:
+        for saved in self._checkpoints.drain():
+            self._report.log_checkpoint(saved)
 
     def _evaluate(self) -> None:
         """The loss over the whole evaluation set, in rows of the training shape."""
@@ -128,3 +148,4 @@ class Trainer:
         shares = (self._share(self._eval_rows, first, rows, total) for first in range(0, total, rows))
         loss, tokens = self._backend.evaluate(self._backend.put_batch(share) for share in shares)
         self._report.log_evaluation(self._progress.step, loss / max(tokens, 1), tokens)
+        self._checkpoints.note_evaluation(self._progress.step, loss / max(tokens, 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.distributed.xla_backend
 import torch_xla.runtime as xr
 from accelerate import Accelerator
+from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner
 from transformers import PreTrainedModel
 
+from numina_finetune.checkpoint.shards import Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.models.precision import apply_precision
@@ -29,7 +30,7 @@ from numina_finetune.xla.optimizer import guarded_update, make_adamw
 from numina_finetune.xla.placement import constrain_activations, shard_parameters
 from numina_finetune.xla.remat import enable_gradient_checkpointing
 from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, start_spmd
-from numina_finetune.xla.state import load_sharded, save_sharded
+from numina_finetune.xla.state import SavePlanner, settle
 
 
 class XlaBackend:
@@ -49,6 +50,7 @@ class XlaBackend:
         if self.process_count > 1:
             dist.init_process_group("gloo", init_method="xla://")
         self.processes = ProcessGroup()
+        self._snapshots = Snapshots(self.processes, SavePlanner)
         self.data_parallel_size = self.mesh_shape.data_parallel_size
         self.replicas_per_process = self.data_parallel_size // self.process_count
         self.device = torch_xla.device()
@@ -116,12 +118,16 @@ class XlaBackend:
         self._traffic.leave_out()
         return totals
 
-    def save(self, folder: Path) -> None:
-        save_sharded(self._state(), folder)
+    def snapshot(self) -> list[Shard]:
+        settle()
+        shards = self._snapshots.take(self._state())
         self._traffic.leave_out()
+        return shards
 
-    def load(self, folder: Path) -> None:
-        load_sharded(self._state(), folder)
+    def restore(self, shards: ShardReader) -> None:
+        settle()
+        shards.fill(self._state(), SPMDLoadPlanner())
+        settle()
         self._traffic.leave_out()
 
     def summary(self) -> str:

@@ -1,33 +1,17 @@
-"""Sharded model and optimizer state, to and from a folder, through torch.distributed.checkpoint."""
+"""How sharded state on the devices is planned for saving, and when it may be touched."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
+import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-from torch.distributed.checkpoint.planner import SavePlan
-from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
-
-from numina_finetune.checkpoint.shards import load_shards, save_shards
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write every shard once; each host writes its own."""
-    _settle()
-    save_shards(state, folder, _SavePlanner())
-
-
-def load_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Fill ``state``'s tensors in place, whatever mesh wrote the folder."""
-    _settle()
-    load_shards(state, folder, SPMDLoadPlanner())
-    _settle()
-
-
-def _settle() -> None:
+def settle() -> None:
     """Wait until every tensor has its value on the devices.
 
     ``sync(wait=True)`` waits for what it starts itself, which is nothing where an earlier sync is still under way; the
@@ -37,10 +21,10 @@ def _settle() -> None:
     xm.wait_device_ops()
 
 
-class _SavePlanner(SPMDSavePlanner):  # type: ignore[misc]
-    """Plans one write for a shard of which this host holds several replicas.
+class SavePlanner(SPMDSavePlanner):  # type: ignore[misc]
+    """Plans one write for a shard of which this host holds several replicas, and gives each as a CPU tensor.
 
-    torch_xla's own planner lists them all, and its deduplication, made for replicas on different hosts, then drops
+    torch_xla's own planner lists all replicas, and its deduplication, made for replicas on different hosts, then drops
     every one of them: on a mesh such as data=2,tensor=2 the checkpoint would lack its matrices.
     """
 
@@ -49,3 +33,11 @@ class _SavePlanner(SPMDSavePlanner):  # type: ignore[misc]
         # The first of equal (name, offset) is kept: items of tensors that are not sharded have no twin.
         once = {(item.index.fqn, item.index.offset): item for item in reversed(plan.items)}
         return dataclasses.replace(plan, items=list(reversed(once.values())))
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        # All replicas of a tensor's shards come to the host with the first one that is asked for. The tensor's items
+        # follow one another: what is left of the tensor before is of no use.
+        if write_item.index.fqn not in self._local_shards:
+            self._local_shards.clear()
+        tensor: torch.Tensor = super().resolve_data(write_item).cpu()
+        return tensor

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from numina_finetune import quickstart
+from numina_finetune.checks import config_faults
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluation.accuracy import score
 from numina_finetune.train.plots import plot_loss, read_lives, smooth
@@ -22,7 +23,7 @@ def write_metrics(path: Path, records: list[tuple[int, int, float]], tail: str =
 
 def test_its_settings_are_free_of_faults_and_its_command_says_each_of_them(tmp_path: Path) -> None:
     config = quickstart.quickstart_config(tmp_path, 40)
-    assert config.faults() == []
+    assert config_faults(config) == []
     options = quickstart.command_line(config)
     for option in ("--model-name=tiny-qwen3", "--max-steps=40", "--mesh=fsdp=4", "--no-gradient-checkpointing"):
         assert option in options

@@ -41,9 +41,8 @@ def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     backend.place(model, config)
     for seed in range(2):
         backend.step([backend.put_batch(_rows(seed, 4))], 1e-2)
-    backend.save(folder / "state")
     export_model(
-        folder / "state",
+        _stored(backend, folder),
         folder / "model",
         config=load_config(config, tokenizer),
         tokenizer=tokenizer,
@@ -100,12 +99,12 @@ def reload(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     backend, tokenizer = _backend(config, name), load_tokenizer(config)
     backend.place(load_model(config, tokenizer), config)
     backend.step([backend.put_batch(_rows(0, 4))], 1e-2)
-    backend.save(folder / "state")
+    shards = _stored(backend, folder)
     saved = _digest(backend)
     loaded = []
     for _ in range(25):
         backend.place(load_model(config, tokenizer), config)
-        backend.load(folder / "state")
+        backend.restore(shards)
         loaded.append(_digest(backend) == saved)
     return {"loaded": loaded}
 
@@ -134,6 +133,17 @@ def _backend(config: RunConfig, name: str) -> Any:
     from numina_finetune.cli import _backend_factory
 
     return _backend_factory(name)(config)
+
+
+def _stored(backend: Any, folder: Path) -> Any:
+    """The backend's state in files below ``folder``, and the way back to it."""
+    from numina_finetune.checkpoint.shards import ShardReader
+    from numina_finetune.checkpoint.upload import Captured, upload_host
+    from numina_finetune.storage import open_store
+
+    store = open_store(folder)
+    index = upload_host(store, "saved/", 0, Captured(backend.snapshot(), {}))
+    return ShardReader(store, "saved/", index.files, index.pieces)
 
 
 def _rows(seed: int, count: int) -> Any:

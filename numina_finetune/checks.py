@@ -1,0 +1,185 @@
+"""What is wrong with a run's options, as far as it can be seen without opening a file or a device."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from urllib.parse import urlsplit
+
+from numina_finetune.config import (
+    BACKENDS,
+    CHAT_FAMILIES,
+    FORMATS,
+    GSM8K_STYLES,
+    OVERLONG,
+    PRECISIONS,
+    REASONING_EFFORTS,
+    SCHEDULES,
+    TIR_STYLES,
+    TRACKERS,
+    RunConfig,
+    SourceConfig,
+    flag,
+)
+
+
+def config_faults(config: RunConfig) -> list[str]:
+    """Every fault that can be seen without opening a file or a device."""
+    return [
+        *_missing(config),
+        *_not_among(config),
+        *_out_of_range(config),
+        *_contradictions(config),
+        *(fault for source in config.datasets for fault in _source_faults(source)),
+    ]
+
+
+def _missing(config: RunConfig) -> list[str]:
+    faults = []
+    if not config.datasets:
+        faults.append(
+            "--dataset-name is missing: give a hub name, a folder or a .jsonl/.parquet file "
+            "(or run `numina-finetune quickstart`, which needs none)"
+        )
+    if not config.model_name:
+        faults.append("--model-name is missing: give a hub name, a folder, or tiny-qwen3")
+    if not config.output_dir:
+        faults.append("--output-dir is missing: give the folder that will hold the run")
+    return faults
+
+
+def _not_among(config: RunConfig) -> list[str]:
+    allowed = {
+        "precision": PRECISIONS,
+        "lr_scheduler_type": SCHEDULES,
+        "backend": BACKENDS,
+        "optim": ("adamw",),
+        "gsm8k_style": GSM8K_STYLES,
+        "tir_style": TIR_STYLES,
+        "chat_family": CHAT_FAMILIES,
+        "reasoning_effort": REASONING_EFFORTS,
+        "overlong": OVERLONG,
+    }
+    faults = [
+        f"{flag(name)} {getattr(config, name)!r} is unknown: use one of {', '.join(choices)}"
+        for name, choices in allowed.items()
+        if getattr(config, name) not in choices
+    ]
+    faults += [
+        f"--report-to {name!r} is unknown: use {', '.join(TRACKERS)}"
+        for name in config.report_to.split(",")
+        if name and name not in TRACKERS
+    ]
+    wish = config.resume_from_checkpoint
+    if wish not in ("auto", "none") and not wish.isdecimal() and "/" not in wish:
+        faults.append(
+            f"--resume-from-checkpoint {wish!r} is unknown: use auto, none, a step number, or the path of a "
+            "checkpoint's folder"
+        )
+    return faults
+
+
+def _out_of_range(config: RunConfig) -> list[str]:
+    at_least: dict[str, float] = {
+        "max_seq_length": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "save_steps": 0,
+        "save_minutes": 0,
+        "eval_steps": 0,
+        "preemption_grace": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+        "learning_rate": 0,
+        "validation_size": 0,
+        "seed": 0,
+    }
+    faults = [
+        f"{flag(name)} {getattr(config, name)} is too small: use {bound:g} or more"
+        for name, bound in at_least.items()
+        if not getattr(config, name) >= bound or not math.isfinite(getattr(config, name))
+    ]
+    if not 0 <= config.warmup_ratio <= 1:
+        faults.append(f"--warmup-ratio {config.warmup_ratio} is out of range: use a share from 0 to 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            faults.append(f"{flag(name)} {getattr(config, name)} is out of range: use 0 up to, but not, 1")
+    if not config.adam_epsilon > 0:
+        faults.append(f"--adam-epsilon {config.adam_epsilon} is too small: use more than 0, such as 1e-8")
+    if config.max_steps < 1 and config.max_steps != -1:
+        faults.append(f"--max-steps {config.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
+    if not 0 < config.num_train_epochs < math.inf:
+        faults.append(f"--num-train-epochs {config.num_train_epochs} is out of range: use more than 0")
+    for name in ("global_batch_size", "preprocessing_num_workers"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            faults.append(f"{flag(name)} {value} is too small: use 1 or more")
+    if not _is_date(config.chat_date):
+        faults.append(f"--chat-date {config.chat_date!r} is no date: write it as 2025-06-28")
+    return faults
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    faults = []
+    weighted = [source for source in config.datasets if source.weight is not None]
+    if weighted and len(weighted) < len(config.datasets):
+        faults.append(
+            f"--dataset-weight is given for {len(weighted)} of {len(config.datasets)} datasets: "
+            "give it for each, or for none (then every row is seen once an epoch)"
+        )
+    if config.eval_dataset_name and config.validation_size:
+        faults.append(
+            f"--eval-dataset-name {config.eval_dataset_name} and --validation-size {config.validation_size:g} both "
+            "name the evaluation data: keep one"
+        )
+    if config.eval_steps and not (config.eval_dataset_name or config.validation_size):
+        faults.append(
+            f"--eval-steps {config.eval_steps} has nothing to evaluate: add --eval-dataset-name or --validation-size"
+        )
+    if config.global_batch_size is not None and config.gradient_accumulation_steps != 1:
+        faults.append(
+            f"--global-batch-size {config.global_batch_size} and --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} both set the accumulation: keep one"
+        )
+    if config.decontaminate and not config.against:
+        faults.append("--decontaminate has no benchmark to look for: add --against, such as --against gsm8k:test")
+    scheme, separator, rest = config.output_dir.partition("://")
+    if separator and (scheme != "gs" or not rest.split("/")[0]):
+        faults.append(f"--output-dir {config.output_dir} is no place to store: give gs://bucket/prefix or a folder")
+    if config.metadata_url != "none" and not _is_plain_http(config.metadata_url):
+        faults.append(
+            f"--metadata-url {config.metadata_url!r} is no address of a metadata service: "
+            "write it as http://HOST[:PORT]/PATH, or none"
+        )
+    run_id = config.run_id
+    if run_id is not None and (not run_id.strip() or "/" in run_id or run_id.startswith(".")):
+        faults.append(f"--run-id {config.run_id!r} cannot name a folder: use letters, digits, - and _")
+    return faults
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _is_plain_http(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "http" and bool(parts.hostname) and parts.port != 0 and not parts.query + parts.fragment
+    except ValueError:  # a port that is no number
+        return False
+
+
+def _source_faults(source: SourceConfig) -> list[str]:
+    faults = []
+    if source.format not in FORMATS:
+        faults.append(f"--format {source.format!r} (dataset {source.name}) is unknown: use one of {', '.join(FORMATS)}")
+    if source.weight is not None and not (source.weight > 0 and math.isfinite(source.weight)):
+        faults.append(f"--dataset-weight {source.weight} (dataset {source.name}) is too small: use more than 0")
+    if source.max_samples is not None and source.max_samples < 1:
+        faults.append(f"--dataset-max-samples {source.max_samples} (dataset {source.name}) is too small: use 1 or more")
+    return faults

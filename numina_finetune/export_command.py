@@ -1,0 +1,145 @@
+"""``numina-finetune export``: a plain Hugging Face folder from any checkpoint of a run, on a CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from numina_finetune.checkpoint.progress import Progress
+from numina_finetune.checkpoint.reading import Checkpoint, OpenCheckpoint, Unsound, say_damaged
+from numina_finetune.checkpoint_commands import of_step, one_run
+from numina_finetune.config import RunConfig
+from numina_finetune.errors import CheckpointError, ConfigError, ExitCode
+from numina_finetune.models.card import model_card
+from numina_finetune.models.export import export_model
+from numina_finetune.models.load import load_config, load_generation_config
+from numina_finetune.models.precision import EXPORT_DTYPES
+from numina_finetune.models.tokenizer import load_tokenizer
+from numina_finetune.storage import Damaged, NotFound, Store, open_store
+from numina_finetune.train.place import DATA_REPORT, store_model
+from numina_finetune.train.record import RECORD, read_record
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What ``--dtype`` takes."""
+
+
+def run_export(url: str, step: str, output: str, dtype: str | None) -> ExitCode:
+    """Make a plain Hugging Face folder of a checkpoint's weights; whole or not at all.
+
+    Args:
+        url: of the run.
+        step: a number, or ``newest``.
+        output: a folder, or ``gs://bucket/prefix``, with nothing in it.
+        dtype: of the weights written; None: the one that the run computes with.
+
+    Raises:
+        ConfigError, CheckpointError: a wrong value, a place that is in use, or no sound checkpoint.
+    """
+    _refuse(step, output, dtype)
+    store = one_run(url)
+    record = read_record(store)
+    if record is None:
+        raise CheckpointError(f"{store.url} has no {RECORD} or no committed checkpoint: nothing says what to export")
+    config = RunConfig.from_mapping(record["config"], store.address(RECORD))
+    candidates = of_step(store, None if step == "newest" else int(step))
+    with _building_place(output) as folder:
+        checkpoint = _export_first_sound(
+            candidates, config, folder, DTYPES[dtype] if dtype else EXPORT_DTYPES[config.precision]
+        )
+        if output.startswith("gs://"):
+            store_model(folder, open_store(output))
+    print(f"exported the checkpoint of step {checkpoint.step} to {output}")
+    return ExitCode.DONE
+
+
+def _refuse(step: str, output: str, dtype: str | None) -> None:
+    faults = []
+    if step != "newest" and not step.isdecimal():
+        faults.append(f"--step {step!r} is unknown: use newest or the number of a step")
+    if dtype is not None and dtype not in DTYPES:
+        faults.append(f"--dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}")
+    if _is_taken(output):
+        faults.append(f"--output {output} is not empty: give another place, or delete what is there")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _is_taken(output: str) -> bool:
+    if output.startswith("gs://"):
+        return bool(open_store(output).names())
+    path = Path(output).expanduser()
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+@contextmanager
+def _building_place(output: str) -> Iterator[Path]:
+    """The folder to write: the output itself, or one that goes once its files are in the bucket."""
+    if not output.startswith("gs://"):
+        yield Path(output).expanduser().absolute()
+        return
+    with TemporaryDirectory(prefix="numina-export-") as scratch:
+        yield Path(scratch) / "model"
+
+
+def _export_first_sound(
+    candidates: Sequence[Checkpoint], config: RunConfig, folder: Path, dtype: torch.dtype
+) -> Checkpoint:
+    store, tokenizer = candidates[0].store, load_tokenizer(config)
+    model_config = load_config(config, tokenizer)
+    generation, data = load_generation_config(config, model_config), _data_report(store)
+    damage: list[str] = []
+    for checkpoint in candidates:
+        try:
+            opened = checkpoint.open()
+            progress = _progress(opened)
+            export_model(
+                opened.shards(),
+                folder,
+                config=model_config,
+                tokenizer=tokenizer,
+                generation=generation,
+                card=model_card(
+                    config,
+                    run_id=opened.manifest["run_id"],
+                    steps=progress.step,
+                    tokens=progress.tokens,
+                    data=data,
+                ),
+                dtype=dtype,
+            )
+        except (Unsound, Damaged, NotFound) as error:
+            damage.append(f"{error}")
+            say_damaged(checkpoint, damage[-1])
+        else:
+            return checkpoint
+    raise CheckpointError(
+        [*damage, f"no other checkpoint to export: `checkpoints list {store.url}` shows what is there"]
+    )
+
+
+def _data_report(store: Store) -> Mapping[str, Any]:
+    """What the run's data was; only the model card tells of it, so that an export does not fail without it."""
+    try:
+        report: dict[str, Any] = json.loads(store.read(DATA_REPORT))
+        return report
+    except (NotFound, Damaged, ValueError) as error:
+        logger.warning("the model card will say nothing about the data: %s", error)
+        return {"sources": []}
+
+
+def _progress(opened: OpenCheckpoint) -> Progress:
+    """Where the run stood, out of what Accelerate saved."""
+    progress = Progress()
+    saved = io.BytesIO(opened.small(0)["custom_checkpoint_0.pkl"])
+    progress.load_state_dict(torch.load(saved, weights_only=True))
+    return progress

@@ -1,0 +1,78 @@
+"""Where a run's files are: its place in storage, and the folder on this machine in which they are made."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from numina_finetune.config import RunConfig
+from numina_finetune.storage import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+METRICS = "metrics.jsonl"
+DATA_REPORT = "data_report.json"
+_LAST_OF_MODEL = "config.json"
+"""Nothing opens a model's folder without it."""
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run's place: local, where ``folder`` is it, or ``gs://…``, where ``folder`` holds copies on their way."""
+
+    store: Store
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_local(self) -> bool:
+        return not self.url.startswith("gs://")
+
+    def fetch(self, name: str) -> None:
+        """Make the local copy of a file what is stored, or absent where nothing is."""
+        if self.is_local:
+            return
+        (self.folder / name).unlink(missing_ok=True)
+        if self.store.stat(name):
+            self.store.download(name, self.folder / name)
+
+    def publish(self, name: str) -> None:
+        """Store a file of the folder, if there is one; it may be growing meanwhile."""
+        path = self.folder / name
+        if not self.is_local and path.is_file():
+            self.store.write(name, path.read_bytes())
+
+    def has_model(self) -> bool:
+        """Whether the exported model is there, whole."""
+        return self.store.stat(f"{MODEL}/{_LAST_OF_MODEL}") is not None
+
+    def publish_model(self) -> None:
+        """Store the exported model."""
+        if self.is_local:
+            return
+        store_model(self.folder / MODEL, open_store(f"{self.url}/{MODEL}"))
+        logger.info("stored the model in %s/%s", self.url, MODEL)
+
+
+def store_model(folder: Path, target: Store) -> None:
+    """Store a model's files, in such an order that a part of them does not look like a model."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == _LAST_OF_MODEL, path.name)):
+        target.upload(path, path.name)
+
+
+def open_place(config: RunConfig) -> RunPlace:
+    """The place of the run that ``config`` describes.
+
+    Raises:
+        ConfigError: it is none that can be opened.
+    """
+    return RunPlace(open_store(config.run_url), config.run_dir)
