@@ -13,16 +13,13 @@ import logging
 import shutil
 import socket
 import tempfile
-import threading
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from numina_finetune.errors import ConfigError, DataError
+from numina_finetune.claims import Claim
+from numina_finetune.errors import DataError
 from numina_finetune.storage import (
     Damaged,
     NotFound,
@@ -85,9 +82,9 @@ def fetch_or_build(
     local.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=local))
     try:
-        claim = _wait_or_claim(store, key, poll_seconds, claim_seconds)
+        claim = Claim(store, f"{key}/{CLAIM}", claim_seconds)
         provided = False
-        if claim:
+        if claim.take_unless(lambda: store.stat(f"{key}/{COMMITTED}") is not None, poll_seconds):
             with claim.kept_alive():
                 build(working / "folder")
                 provided = _provide(store, key, working / "folder", claim.token)
@@ -98,78 +95,6 @@ def fetch_or_build(
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return folder
-
-
-class _Claim:
-    """The word to the others that this process builds."""
-
-    def __init__(self, store: Store, key: str, seconds: float) -> None:
-        self.token = uuid.uuid4().hex
-        self._store, self._name, self._seconds = store, f"{key}/{CLAIM}", seconds
-        self._generation = 0
-        self._released = threading.Event()
-
-    def make(self, replaced: int) -> bool:
-        """Whether the claim is made; ``replaced`` is the generation of the one it takes over, 0 for none."""
-        facts = {"token": self.token, "host": socket.gethostname(), "time": time.time()}
-        try:
-            data = json.dumps(facts).encode()
-            self._generation = self._store.write(self._name, data, if_generation=replaced).generation
-        except PreconditionFailed:
-            return False
-        return True
-
-    @contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        """Rewrites the claim from time to time; gives it up at the end, however that comes."""
-        thread = threading.Thread(target=self._beat, name="cache-claim", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._released.set()
-            thread.join()
-            self.give_up()
-
-    def give_up(self) -> None:
-        try:
-            self._store.delete(self._name, if_generation=self._generation)
-        except PreconditionFailed:
-            pass  # another's by now
-        except StorageError as error:
-            logger.warning("the claim could not be given up, others will wait for it to grow old: %s", error)
-
-    def _beat(self) -> None:
-        while not self._released.wait(self._seconds / 3):
-            try:
-                if not self.make(self._generation):
-                    logger.warning("%s was taken over by another process", self._store.address(self._name))
-                    return
-            except (StorageError, ConfigError) as error:
-                logger.warning("the claim could not be renewed: %s", error)
-
-
-def _wait_or_claim(store: Store, key: str, poll_seconds: float, claim_seconds: float) -> _Claim | None:
-    """The claim once it is this process's to build; None once the folder is in the store."""
-    claim = _Claim(store, key, claim_seconds)
-    seen, since = -1, 0.0
-    while store.stat(f"{key}/{COMMITTED}") is None:
-        # A claim's age is measured between an answer and a later question, on this process's clock alone.
-        asked = time.monotonic()
-        holder = store.stat(f"{key}/{CLAIM}")
-        generation = holder.generation if holder else 0
-        if generation != seen:
-            if generation and seen <= 0:
-                logger.info("waiting for another process to build %s", store.address(key))
-            seen, since = generation, time.monotonic()
-        if generation and asked - since < claim_seconds:
-            time.sleep(poll_seconds)
-        elif claim.make(generation):
-            if store.stat(f"{key}/{COMMITTED}") is None:
-                return claim
-            # The builder before committed and left between the two looks.
-            claim.give_up()
-    return None
 
 
 def _provide(store: Store, key: str, built: Path, token: str) -> bool:

@@ -16,11 +16,7 @@ import fnmatch
 import hashlib
 import json
 import logging
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from numina_finetune.checkpoint.parallel import in_order
+from numina_finetune.claims import Claim
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.models.builtin import BUILTIN
 from numina_finetune.models.hub import resolve_name
@@ -92,7 +89,7 @@ def stage_model(
     origin, slug = _origin(name, revision)
     store = open_store(f"{output_dir.rstrip('/') or '/'}/{slug}")
     _refuse_taken(store, origin)
-    claim = _Claim(store, claim_seconds)
+    claim = Claim(store, CLAIM, claim_seconds)
     new = claim.take_unless(lambda: _whole(store) is not None, poll_seconds)
     if new:
         with claim.kept_alive():
@@ -288,68 +285,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_HASHED):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-class _Claim:
-    """The word to other processes that this one copies; it only spares work."""
-
-    def __init__(self, store: Store, seconds: float) -> None:
-        self._store, self._seconds = store, seconds
-        self._generation = 0
-        self._ended = threading.Event()
-
-    def take_unless(self, done: Callable[[], bool], poll_seconds: float) -> bool:
-        """Wait for whoever copies; True once the claim is this process's, False once ``done``."""
-        seen, since = -1, time.monotonic()
-        while not done():
-            holder = self._store.stat(CLAIM)
-            generation = holder.generation if holder else 0
-            if generation != seen:  # a sign of life; its age is measured on this process's clock alone
-                if generation and seen <= 0:
-                    logger.info("another process copies the model: waiting for it")
-                seen, since = generation, time.monotonic()
-            if generation and time.monotonic() - since < self._seconds:
-                time.sleep(poll_seconds)
-            elif self._write(generation):
-                if not done():
-                    return True
-                self._give_up()  # the one before ended between the two looks
-        return False
-
-    @contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        """Rewrites the claim from time to time, and gives it up at the end, however that comes."""
-        thread = threading.Thread(target=self._beat, name="stage-claim", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
-            self._give_up()
-
-    def _write(self, replaced: int) -> bool:
-        try:
-            entry = self._store.write_json(
-                CLAIM, {"host": socket.gethostname(), "time": time.time()}, if_generation=replaced
-            )
-        except PreconditionFailed:
-            return False
-        self._generation = entry.generation
-        return True
-
-    def _give_up(self) -> None:
-        try:
-            self._store.delete(CLAIM, if_generation=self._generation)
-        except PreconditionFailed:
-            pass  # another's by now
-        except (StorageError, ConfigError) as error:
-            logger.warning("the claim stays, others will wait for it to grow old: %s", error)
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._seconds / 3):
-            try:
-                if not self._write(self._generation):
-                    return
-            except (StorageError, ConfigError) as error:
-                logger.warning("the claim could not be renewed: %s", error)

@@ -305,7 +305,7 @@ def test_who_waits_says_for_what(
     until(lambda: builders(tmp_path))
     with caplog.at_level(logging.INFO, logger="numina_finetune"):
         fetch_or_build(cloud, KEY, tmp_path / "b", never, poll_seconds=0.05)
-    assert caplog.messages == [f"waiting for another process to build {cloud}/{KEY}"]
+    assert caplog.messages == [f"{cloud}/{KEY}/CLAIM is another process's: waiting for it"]
     assert builder.wait(30) == 0
 
 
