@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from numina_finetune import __version__, launch
 from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
 from numina_finetune.errors import ConfigError, ExitCode, UserError
+from numina_finetune.spot.options import SpotOptions
 
 DEFAULT_COMMAND = "train"
 
@@ -147,6 +148,38 @@ def _report(config: str | None, report_dir: str | None, **given: Any) -> int:
     from numina_finetune.data_commands import run_report
 
     return int(run_report(_data_config(config, given), Path(report_dir or "data-report")))
+
+
+def _spot_run(training: list[str] | None, **given: Any) -> int:
+    """Keep a training on spot TPUs alive until it is done; its own options stand after --. Given again, it goes on."""
+    from numina_finetune.spot import commands
+
+    options = SpotOptions.from_mapping({name: value for name, value in given.items() if value is not None})
+    words = training or []
+    options, faults = _checked_training(options, words)
+    return int(commands.run(options, words, faults=faults))
+
+
+def _checked_training(options: SpotOptions, words: list[str]) -> tuple[SpotOptions, list[str]]:
+    """The options with the run's name, and what is wrong with the training's: before a machine costs anything."""
+    from numina_finetune.spot.training import training_faults
+
+    faults: list[str] = []
+    if options.output_dir and not options.output_dir.startswith("gs://"):
+        faults.append(
+            f"--output-dir {options.output_dir} is of this computer: give gs://bucket/prefix, which the workers see too"
+        )
+    train: Any = typer.main.get_command(app)
+    try:
+        given = train.commands[DEFAULT_COMMAND].make_context(DEFAULT_COMMAND, list(words), **_CONTEXT).params
+        config = resolve_config(given.pop("config"), given, faults)
+    except TyperException as error:
+        return options, [*faults, f"after --: {error.format_message()}"]
+    except ConfigError as error:
+        return options, [*faults, *error.problems]
+    config = replace(config, output_dir=options.output_dir or ".", run_id=options.run_id or None)
+    named = replace(options, run_id=config.resolved_run_id)
+    return named, [*faults, *training_faults(config, in_image=bool(options.docker_image))]
 
 
 def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
@@ -282,8 +315,16 @@ def _command(run: Callable[..., int], doc: str | None, chosen: Sequence[Field[An
         *more,
     ]
 
+    return _with_parameters(run, doc, parameters)
+
+
+def _with_parameters(
+    run: Callable[..., int], doc: str | None, parameters: Sequence[inspect.Parameter]
+) -> Callable[..., int]:
+    """``run`` with a signature that Typer can read the options from."""
+
     def command(**options: Any) -> int:
-        return run(options.pop("config"), **options)
+        return run(**options)
 
     command.__doc__ = doc
     command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
@@ -376,3 +417,62 @@ def checkpoints_prune(
     from numina_finetune.checkpoint_commands import run_prune
 
     return int(run_prune(run, keep, yes=yes, force=force))
+
+
+spot_app = typer.Typer(help="Keep a training on spot TPUs alive until it is done.", context_settings=_CONTEXT)
+app.add_typer(spot_app, name="spot")
+_TRAINING = inspect.Parameter(
+    "training",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- TRAINING OPTIONS", help="As for train, without --output-dir and --run-id."),
+    ],
+)
+spot_app.command("run")(
+    _with_parameters(_spot_run, _spot_run.__doc__, [_TRAINING, *(_field_parameter(f) for f in fields(SpotOptions))])
+)
+
+
+@spot_app.command("status")
+def spot_status(run: _Run) -> int:
+    """Print state, machine, step, loss, cost so far, goodput, what comes next, and who supervises."""
+    from numina_finetune.spot import commands
+
+    return int(commands.status(run))
+
+
+@spot_app.command("logs")
+def spot_logs(
+    run: _Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+) -> int:
+    """Print every worker's log, set-ups and trainings in the order of their lives."""
+    from numina_finetune.spot import commands
+
+    return int(commands.logs(run, follow=follow))
+
+
+@spot_app.command("stop")
+def spot_stop(run: _Run) -> int:
+    """Have the training save, then delete the machine; with and without a living supervisor."""
+    from numina_finetune.spot import commands
+
+    return int(commands.stop(run))
+
+
+@spot_app.command("clean")
+def spot_clean(run: _Run) -> int:
+    """Delete every machine of the run, whatever state it is in."""
+    from numina_finetune.spot import commands
+
+    return int(commands.clean(run))
+
+
+@spot_app.command("report")
+def spot_report(run: _Run) -> int:
+    """Print where the machine time went and what a million tokens cost; draw it too."""
+    from numina_finetune.spot import commands
+
+    return int(commands.report(run))

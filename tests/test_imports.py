@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,14 @@ def test_only_the_xla_room_knows_the_device_library() -> None:
     assert offenders(room("xla"), "torch_xla"), "the check sees what is there"
 
 
+def test_only_the_spot_room_starts_gcloud() -> None:
+    """Its own command lines; messages elsewhere may tell a person what to type."""
+    started = [
+        path for path in sorted(PACKAGE.rglob("*.py")) if re.search(r"[\"']gcloud[\"']", path.read_text("utf-8"))
+    ]
+    assert [path.parent.name for path in started] == ["spot"] * len(started) and started
+
+
 def test_only_storage_knows_google_cloud() -> None:
     assert offenders(house(outside="storage.py"), "google.cloud") == []
 
@@ -71,6 +80,7 @@ def test_only_storage_knows_google_cloud() -> None:
         ("models", own("train", "xla", "torch_native", "data.loader")),
         ("train", own("xla", "torch_native", "cli")),
         ("checkpoint", own("train", "models", "xla", "torch_native", "cli")),
+        ("spot", ["torch", "accelerate", *own("train", "models", "xla", "torch_native", "evaluation", "cli")]),
         ("evaluation", own("xla", "torch_native", "cli")),
         ("xla", own("torch_native", "cli")),
         ("torch_native", own("xla", "cli")),
@@ -84,7 +94,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
     "name", ["checks.py", "config.py", "errors.py", "files.py", "mesh.py", "process_tree.py", "storage.py", "stores.py"]
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
-    rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation")
+    rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot")
     assert offenders([PACKAGE / name], *rooms) == []
 
 

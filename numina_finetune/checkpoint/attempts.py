@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from numina_finetune.checkpoint.layout import CHECKPOINTS, place_of
@@ -26,7 +27,15 @@ class Attempt:
     store: Store
     process_index: int = 0
 
-    def finish(self, kind: str, *, step: int | None, saved_step: int | None, reason: str) -> None:
+    def finish(
+        self,
+        kind: str,
+        *,
+        step: int | None,
+        saved_step: int | None,
+        reason: str,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         """Write ``outcome.json``, which supervisors believe before any exit code.
 
         Where storage itself is what failed, that is said and not raised: the caller's own fault must be heard.
@@ -35,6 +44,7 @@ class Attempt:
             kind: ``done``, ``preempted``, ``stopped``, ``crashed`` or ``configuration``.
             step: finished optimizer steps, None where training never began.
             saved_step: of the newest committed checkpoint that this life knows, None where it knows none.
+            seconds: that this life spent on other things than steps, by what they were.
         """
         name = OUTCOME if self.process_index == 0 else f"outcome.process-{self.process_index}.json"
         outcome = {
@@ -42,6 +52,7 @@ class Attempt:
             "step": step,
             "saved_step": saved_step,
             "reason": reason,
+            "seconds": {name: round(value, 3) for name, value in (seconds or {}).items()},
             "host": socket.gethostname(),
             "process": self.process_index,
             "time": time.time(),

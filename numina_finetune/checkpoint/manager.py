@@ -80,6 +80,8 @@ class CheckpointManager:
         self._saved: list[Saved] = []
         self.committed_step: int | None = None
         """Of the newest checkpoint that is known to be committed."""
+        self.seconds = {"save": 0.0, "restore": 0.0}
+        """That training stood still for committed saves, and that the restoring of the state took."""
 
     @property
     def busy(self) -> bool:
@@ -166,12 +168,14 @@ class CheckpointManager:
         Raises:
             CheckpointError: none is sound, or the state is not of this model.
         """
+        began = time.monotonic()
         damage: list[str] = []
         for checkpoint in candidates:
             fault = self._try(checkpoint)
             faults = [fault for fault in self._processes.gather(fault) if fault]
             if not faults:
                 self.committed_step = checkpoint.step
+                self.seconds["restore"] = time.monotonic() - began
                 return checkpoint
             say_damaged(checkpoint, faults[0])
             damage += faults
@@ -203,6 +207,7 @@ class CheckpointManager:
         stall = now - flight.began if flight.stall is None else flight.stall
         total = (flight.ended or now) - flight.began
         self.committed_step = save.step
+        self.seconds["save"] += stall
         self._saved.append(Saved(save.step, stall, total, flight.stored))
 
     def _is_late(self) -> bool:

@@ -179,8 +179,14 @@ class _Life:
 
     def finish(self, kind: str, reason: str) -> None:
         """Record what became of this life."""
-        saved = self.checkpoints.committed_step if self.checkpoints else None
-        self.attempt.finish(kind, step=self.progress.step, saved_step=saved, reason=reason)
+        checkpoints = self.checkpoints
+        self.attempt.finish(
+            kind,
+            step=self.progress.step,
+            saved_step=checkpoints.committed_step if checkpoints else None,
+            reason=reason,
+            seconds=checkpoints.seconds if checkpoints else {},
+        )
 
     def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager) -> bool:
         config, backend = self.config, self.backend
