@@ -173,7 +173,7 @@ def test_every_launch_form_trains_once_to_the_end(name: str, tmp_path: Path) -> 
         run = training.wait()
     assert run.code == 0, run.output
     assert [path.name for path in (run.run / "attempts").iterdir()] == ["1"]
-    assert [record["step"] for record in run.metrics] == [1, 2, 3]
+    assert [record["step"] for record in run.metrics if "loss" in record] == [1, 2, 3]
     assert run.outcome()["kind"] == "done"
     assert (run.run / "model" / "model.safetensors").is_file()
     assert all(words in run.output for words in form.says), run.output
