@@ -5,10 +5,10 @@
 The state is Qwen3-0.6B's, fp32 with AdamW's moments (7 GB at all 28 layers), on the native backend's CPU path. The
 sides: ``async`` (the default way of saving), ``sync`` (``--no-async-save``), and ``stock``, which is Accelerate's own
 ``save_state`` of the same model and optimizer, to a disk only. Each is measured in a process of its own, after a small
-save that loads the libraries, over several saves: the first one also pays for memory that the machine has not handed
-out before. Between a save's return and its commit, async goes on making steps in place. The peak is the resident memory
-above that before the save. What stock leaves in the page cache is not durable yet: its files' fsync is counted into its
-total, not into its stall.
+save that loads the libraries, over several saves. Our two sides find the memory of their copies reserved, as does a
+training whose first save comes after its first steps. Between a save's return and its commit, async goes on making
+steps in place. The peak is the resident memory above that of model and optimizer. What stock leaves in the page cache
+is not durable yet: its files' fsync is counted into its total, not into its stall.
 
 The emulator holds objects in its own memory, several times: give it 7 layers.
 """
@@ -83,12 +83,16 @@ def child(side: str, place: str, arguments: argparse.Namespace, extra: dict[str,
 def measure(side: str, place: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     make = stock if side == "stock" else ours
     make(side, f"{place}-warm", Owner(1, 64))(1)
-    save = make(side, place, Owner(arguments.layers, arguments.vocabulary))
+    owner = Owner(arguments.layers, arguments.vocabulary)
+    save = make(side, place, owner)
     found = []
+    before = _peak_from_now()
+    if side != "stock":
+        owner.reserve()
     for number in range(1, arguments.saves + 1):
-        before = _peak_from_now()
         figures = save(number)
         found.append({**figures, "peak": _peak() - before})
+        _peak_from_now()
     return found
 
 
@@ -100,7 +104,7 @@ class Owner:
         from accelerate import Accelerator
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, Snapshots
+        from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Snapshots
         from numina_finetune.processes import ProcessGroup
 
         config = Qwen3Config(
@@ -122,18 +126,27 @@ class Owner:
         for parameter in self.parameters.values():
             moments = {name: torch.full_like(parameter, 0.5) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.ones(()), **moments}
-        kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(kept), threads=COPIES)
+        self._copies = HostCopies()
+        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
 
     def make_step(self) -> None:
         """Something of a step: every first moment is written to."""
         for state in self.optimizer.state.values():
             state["exp_avg"].mul_(0.999)
 
+    def reserve(self) -> None:
+        """Get the copies' memory, and wait until it is there."""
+        pieces = self._snapshots.pieces(self._state())
+        self._copies.reserve(pieces)
+        self._copies.memory(pieces[0])
+
     def snapshot(self) -> Any:
+        return self._snapshots.take(self._state())
+
+    def _state(self) -> dict[str, Any]:
         from numina_finetune.train.optim import named_state
 
-        return self._snapshots.take(named_state(self.parameters, self.optimizer))
+        return named_state(self.parameters, self.optimizer)
 
     def restore(self, shards: Any) -> None:
         shards.fill({"model": self.parameters})

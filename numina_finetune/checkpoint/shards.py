@@ -7,6 +7,7 @@ it; the bytes in between are raw, and lie where `numina_finetune.checkpoint.layo
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,25 +50,51 @@ class Shard:
     """``[bytes]``, row-major."""
 
 
-class CopyingPlanner(DefaultSavePlanner):
-    """For tensors in plain torch: gives host copies of them, since the next step will overwrite them.
+class HostCopies:
+    """Memory for host copies, kept from one save to the next.
 
-    The copies' memory is kept from one save to the next. Fresh pages cost several times the copy itself, and training
-    stands still for both; the next copy is only made when the save before has ended.
+    Fresh pages cost several times the copy itself, and training would stand still for both. A copy is only written over
+    when the save before has ended.
     """
 
-    def __init__(self, kept: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> None:
-        """``kept``: the copies of the save before, to be written over."""
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, pieces: Sequence[Piece]) -> None:
+        """Get the memory for these pieces in the background, so that the first save finds it."""
+
+        def touch() -> None:
+            for piece in pieces:
+                self._get(piece).zero_()
+
+        self._reserving = threading.Thread(target=touch, daemon=True, name="checkpoint-memory")
+        self._reserving.start()
+
+    def memory(self, piece: Piece) -> torch.Tensor:
+        """The place of this piece's copy, with whatever is in it."""
+        if self._reserving is not None:
+            self._reserving.join()
+        return self._get(piece)
+
+    def _get(self, piece: Piece) -> torch.Tensor:
+        key = piece.name, piece.offsets
+        if key not in self._kept:
+            self._kept[key] = torch.empty(piece.sizes, dtype=_dtype(piece))
+        return self._kept[key]
+
+
+class CopyingPlanner(DefaultSavePlanner):
+    """For tensors in plain torch: gives host copies of them, since the next step will overwrite them."""
+
+    def __init__(self, copies: HostCopies) -> None:
         super().__init__()
-        self._kept = kept
+        self._copies = copies
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         tensor = super().resolve_data(write_item)
         assert isinstance(tensor, torch.Tensor)
-        key = write_item.index.fqn, tuple(write_item.index.offset or ())
-        if key not in self._kept:
-            self._kept[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return self._kept[key].copy_(tensor.detach())
+        return self._copies.memory(_piece_of(write_item)).copy_(tensor.detach())
 
 
 class Snapshots:
@@ -90,18 +117,26 @@ class Snapshots:
         """The state as it is now. Collective the first time."""
         planner = self._make_planner()
         with _quiet():
-            planner.set_up_planner(state, is_coordinator=True)
-            planned = [(_piece_of(item), item) for item in planner.create_local_plan().items]
-            if self._own is None:
-                sizes = {(piece.name, piece.offsets): _bytes_of(piece) for piece, _ in planned}
-                self._own = _share(self._processes.gather(sizes), self._processes.index)
-            mine = [(piece, item) for piece, item in planned if (piece.name, piece.offsets) in self._own]
+            mine = self._plan(state, planner)
 
             def copy(part: tuple[Piece, WriteItem]) -> Shard:
                 piece, item = part
                 return Shard(piece, _bytes_in(cast(torch.Tensor, planner.resolve_data(item))))
 
             return list(in_order(copy, mine, threads=self._threads, ahead=len(mine)))
+
+    def pieces(self, state: dict[str, Any]) -> list[Piece]:
+        """What this process will write of the state. Collective the first time."""
+        with _quiet():
+            return [piece for piece, _ in self._plan(state, self._make_planner())]
+
+    def _plan(self, state: dict[str, Any], planner: SavePlanner) -> list[tuple[Piece, WriteItem]]:
+        planner.set_up_planner(state, is_coordinator=True)
+        planned = [(_piece_of(item), item) for item in planner.create_local_plan().items]
+        if self._own is None:
+            sizes = {(piece.name, piece.offsets): _bytes_of(piece) for piece, _ in planned}
+            self._own = _share(self._processes.gather(sizes), self._processes.index)
+        return [(piece, item) for piece, item in planned if (piece.name, piece.offsets) in self._own]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, Shard, ShardReader, Snapshots
+from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
@@ -52,8 +52,8 @@ class NativeBackend:
         self.mesh_shape = _data_mesh(config.mesh, self.process_count)
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1
         self.processes = ProcessGroup()
-        kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(kept), threads=COPIES)
+        self._copies = HostCopies()
+        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
         self.device = self.accelerator.device
         self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
 
@@ -66,6 +66,7 @@ class NativeBackend:
         self._optimizer = _make_adamw(self._parameters, config)
         self._module: nn.Module = self.accelerator.prepare(CausalLoss(model).train())
         self._max_grad_norm = config.max_grad_norm
+        self._copies.reserve(self._snapshots.pieces(self._state()))
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
         return {name: torch.from_numpy(array).to(self.device) for name, array in rows._asdict().items()}

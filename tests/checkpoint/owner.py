@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from numina_finetune.checkpoint.attempts import open_attempt
 from numina_finetune.checkpoint.manager import CheckpointManager
 from numina_finetune.checkpoint.progress import Progress
-from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, Shard, ShardReader, Snapshots
+from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
 from numina_finetune.checkpoint.state import StateDoor
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.storage import Store
@@ -31,8 +31,8 @@ class Owner:
             "model": {name: torch.zeros(shape) for name, shape in (shapes or SHAPES).items()},
             "optim": {name: {"step": torch.zeros(())} for name in (shapes or SHAPES)},
         }
-        kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(kept), threads=COPIES)
+        self._copies = HostCopies()
+        self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
 
     def make_step(self, step: int) -> None:
         """Give every tensor the values that belong to the step."""
