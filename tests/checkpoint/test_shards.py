@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from numina_finetune.checkpoint.layout import HostIndex, Piece, Stored
 from numina_finetune.checkpoint.shards import Shard, ShardReader, _share
-from numina_finetune.checkpoint.upload import Captured, upload_host
+from numina_finetune.checkpoint.upload import BLOCK_BYTES, Captured, upload_host
 from numina_finetune.stores import LocalStore
 from tests.conftest import ROOT, environment
 
@@ -192,4 +192,4 @@ def test_a_save_takes_little_more_memory_than_the_shards_and_a_resume_no_more_th
     found = json.loads(result.stdout.splitlines()[-1])
     print(found)
     assert found["saving"] <= 1.2 * 4 * shard_bytes
-    assert found["loading"] <= shard_bytes
+    assert found["loading"] <= shard_bytes + 2 * BLOCK_BYTES, "blocks on their way, and the interpreter's own"
