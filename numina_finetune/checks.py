@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import date
 from urllib.parse import urlsplit
 
 from numina_finetune.config import (
+    ATTENTION,
     BACKENDS,
     CHAT_FAMILIES,
     FORMATS,
     GSM8K_STYLES,
+    LOSS_CHUNKS,
     OVERLONG,
     PRECISIONS,
     REASONING_EFFORTS,
+    REMAT,
     SCHEDULES,
     TIR_STYLES,
     TRACKERS,
@@ -51,6 +55,9 @@ def _missing(config: RunConfig) -> list[str]:
 def _not_among(config: RunConfig) -> list[str]:
     allowed = {
         "precision": PRECISIONS,
+        "remat": REMAT,
+        "attention": ATTENTION,
+        "loss_chunks": LOSS_CHUNKS,
         "lr_scheduler_type": SCHEDULES,
         "backend": BACKENDS,
         "optim": ("adamw",),
@@ -116,6 +123,8 @@ def _out_of_range(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and value < 1:
             faults.append(f"{flag(name)} {value} is too small: use 1 or more")
+    if config.profile_steps is not None and not _is_range(config.profile_steps):
+        faults.append(f"--profile-steps {config.profile_steps!r} is no range of steps: write it as 10-15")
     if not _is_date(config.chat_date):
         faults.append(f"--chat-date {config.chat_date!r} is no date: write it as 2025-06-28")
     return faults
@@ -157,6 +166,11 @@ def _contradictions(config: RunConfig) -> list[str]:
     if run_id is not None and (not run_id.strip() or "/" in run_id or run_id.startswith(".")):
         faults.append(f"--run-id {config.run_id!r} cannot name a folder: use letters, digits, - and _")
     return faults
+
+
+def _is_range(text: str) -> bool:
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+    return match is not None and int(match[1]) <= int(match[2] or match[1])
 
 
 def _is_date(text: str) -> bool:

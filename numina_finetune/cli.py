@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,29 +16,12 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
-from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
+from numina_finetune.cli_options import command_of, field_parameter, parameter, resolve_config, with_parameters
+from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 from numina_finetune.spot.options import SpotOptions
 
 DEFAULT_COMMAND = "train"
-
-_SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
-    "dataset_name": ("name", str, "Hub name, folder, .jsonl/.parquet file or synthetic-gsm8k; name[split] works."),
-    "dataset_config": ("config", str, "Configuration of a hub dataset, such as main."),
-    "dataset_split": ("split", str, "Split to train on; train if unset."),
-    "dataset_revision": ("revision", str, "Branch, tag or commit of a hub dataset."),
-    "dataset_weight": ("weight", float, "Share of the rows; all in proportion to their size if unset."),
-    "dataset_max_samples": ("max_samples", int, "At most so many samples of the dataset, chosen by the seed."),
-    "format": ("format", str, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}."),
-    "messages_field": ("messages_field", str, "Column of the chat messages."),
-    "question_field": ("question_field", str, "Column of the question."),
-    "answer_field": ("answer_field", str, "Column of the answer."),
-    "tool_calls_field": ("tool_calls_field", str, "Column of OpenAI tool calls, made before the answer."),
-    "tool_name_field": ("tool_name_field", str, "Column of the called tools' names."),
-    "tool_input_field": ("tool_input_field", str, "Column of the tools' inputs."),
-    "tool_output_field": ("tool_output_field", str, "Column of the tools' outputs."),
-}
-"""Options that are given once, or once for each --dataset-name: the SourceConfig field, its type, and help."""
 
 
 class _DefaultCommandGroup(TyperGroup):
@@ -182,6 +165,31 @@ def _checked_training(options: SpotOptions, words: list[str]) -> tuple[SpotOptio
     return named, [*faults, *training_faults(config, in_image=bool(options.docker_image))]
 
 
+def _plan(
+    config: str | None,
+    tpu: str | None,
+    json: bool | None,
+    max_compilations: int | None,
+    prices: str | None,
+    region: str | None,
+    **given: Any,
+) -> int:
+    """Compile the training step for a TPU without a TPU: does it fit, what does it cost; exit code 3 if it does not."""
+    launch.prepare_environment("native")
+    faults: list[str] = []
+    run_config = resolve_config(config, given, faults)
+    from numina_finetune.plan.command import Request, run_plan
+
+    asked = Request(
+        tpu or "",
+        as_json=bool(json),
+        max_compilations=max_compilations,
+        prices=Path(prices) if prices else None,
+        region=region,
+    )
+    return int(run_plan(run_config, asked, faults))
+
+
 def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
     """What the ``data`` commands were asked for; no device library is loaded for them."""
     launch.prepare_environment("native")
@@ -256,108 +264,18 @@ def stage(
     return int(run_stage(model_name, model_revision, output_dir))
 
 
-def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[str]) -> RunConfig:
-    """The YAML's values, overridden by the options that were given.
-
-    Args:
-        faults: takes the contradictions that the result cannot show, so that they are told with all others.
-
-    Raises:
-        ConfigError: unknown names, or values of the wrong type.
-    """
-    mapping = load_yaml(yaml_path) if yaml_path else {}
-    source_options = {name: given.pop(name) for name in _SOURCE_OPTIONS}
-    bf16 = given.pop("bf16", None)
-    mapping |= {name: value for name, value in given.items() if value not in (None, [])}
-    if bf16 is not None:
-        wanted = "bf16" if bf16 else "fp32"
-        if mapping.get("precision", wanted) != wanted:
-            faults.append(
-                f"--{'' if bf16 else 'no-'}bf16 and --precision {mapping['precision']} contradict each other: keep one"
-            )
-        mapping["precision"] = wanted
-    sources = _sources(source_options, faults)
-    if sources:
-        mapping["datasets"] = sources
-    try:
-        return RunConfig.from_mapping(mapping, yaml_path or "the command line")
-    except ConfigError as error:
-        raise ConfigError([*faults, *error.problems]) from error
-
-
-def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[dict[str, Any]]:
-    """One mapping for each --dataset-name; other options apply to all, or to each in turn."""
-    names = options["dataset_name"] or []
-    sources: list[dict[str, Any]] = [{"name": name} for name in names]
-    for option, (field_name, _, _) in _SOURCE_OPTIONS.items():
-        values = options[option] or []
-        if option == "dataset_name" or not values:
-            continue
-        if not names:
-            faults.append(f"{flag(option)} {values[0]} belongs to a --dataset-name, and there is none: add one")
-        elif len(values) not in (1, len(names)):
-            faults.append(
-                f"{flag(option)} is given {len(values)} times for {len(names)} datasets: "
-                "give it once, or once for each --dataset-name"
-            )
-        else:
-            for source, value in zip(sources, values * (len(names) if len(values) == 1 else 1), strict=True):
-                source[field_name] = value
-    return sources
-
-
-def _command(run: Callable[..., int], doc: str | None, chosen: Sequence[Field[Any]], *more: Any) -> Callable[..., int]:
-    """``run(yaml path, **options)`` with one option for each chosen field, so that no option is written down twice."""
-    parameters = [
-        _parameter("config", str, "YAML file with the same names; options given here win.", "Run"),
-        *(_parameter(name, kind, text, "Data", repeated=True) for name, (_, kind, text) in _SOURCE_OPTIONS.items()),
-        *(_field_parameter(f) for f in chosen),
-        *more,
-    ]
-
-    return _with_parameters(run, doc, parameters)
-
-
-def _with_parameters(
-    run: Callable[..., int], doc: str | None, parameters: Sequence[inspect.Parameter]
-) -> Callable[..., int]:
-    """``run`` with a signature that Typer can read the options from."""
-
-    def command(**options: Any) -> int:
-        return run(**options)
-
-    command.__doc__ = doc
-    command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def _field_parameter(f: Field[Any]) -> inspect.Parameter:
-    kinds = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": str}
-    kind = kinds[str(f.type).removesuffix(" | None")]
-    default = f.default if f.default is not MISSING else None
-    text = f.metadata["help"] + (f" [default: {default}]" if default not in (None, "", ()) else "")
-    return _parameter(f.name, kind, text, f.metadata["group"], repeated=str(f.type).startswith("tuple"))
-
-
-def _parameter(name: str, kind: type, text: str, group: str, *, repeated: bool = False) -> inspect.Parameter:
-    """An option that is None unless given, so that a YAML value is only overridden on purpose."""
-    spelling = flag(name)
-    spellings = f"{spelling}/--no-{spelling.removeprefix('--')}" if kind is bool else spelling
-    shown = text.replace("[", r"\[")  # square brackets are markup to Typer's help
-    option = typer.Option(spellings, help=shown, rich_help_panel=group, show_default=False)
-    annotation: Any = list[kind] | None if repeated else kind | None  # type: ignore[valid-type]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
-
-
 _PREVIEW_OPTIONS = (
-    _parameter("rows", int, "Rows of each dataset. [default: 3]", "Output"),
-    _parameter("color", bool, "Colour the targets; by default where the output is a terminal.", "Output"),
-    _parameter("ids", bool, "Print the token ids too.", "Output"),
+    parameter("rows", int, "Rows of each dataset. [default: 3]", "Output"),
+    parameter("color", bool, "Colour the targets; by default where the output is a terminal.", "Output"),
+    parameter("ids", bool, "Print the token ids too.", "Output"),
 )
-_BF16 = _parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model")
+_BF16 = parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model")
+_CHECKPOINTING = parameter(
+    "gradient_checkpointing",
+    bool,
+    "--gradient-checkpointing is --remat full, --no-gradient-checkpointing is --remat none.",
+    "Optimisation",
+)
 _FIELDS = [f for f in fields(RunConfig) if f.name != "datasets"]
 _DATA_FIELDS = [
     f
@@ -365,7 +283,16 @@ _DATA_FIELDS = [
     if f.metadata["group"] == "Data" or f.name in ("model_name", "model_revision", "tokenizer_name", "seed")
 ]
 
-app.command(DEFAULT_COMMAND)(_command(_train, _train.__doc__, _FIELDS, _BF16))
+app.command(DEFAULT_COMMAND)(command_of(_train, _train.__doc__, _FIELDS, _BF16, _CHECKPOINTING))
+
+_PLAN_OPTIONS = (
+    parameter("tpu", str, "Type of the slice, such as v5litepod-8, v6e-16, v5p-128, v4-8.", "Plan"),
+    parameter("json", bool, "Print it for machines.", "Plan"),
+    parameter("max_compilations", int, "Compilations for the advice; 1 = none of it. [default: 8]", "Plan"),
+    parameter("prices", str, "YAML with `date` and `prices`: family -> region -> dollars a chip and hour.", "Plan"),
+    parameter("region", str, "Where it would run; the cheapest one if unset.", "Plan"),
+)
+app.command("plan")(command_of(_plan, _plan.__doc__, _FIELDS, _BF16, *_PLAN_OPTIONS))
 
 data_app = typer.Typer(help="Prepare and look at data, without a model or a device.", context_settings=_CONTEXT)
 app.add_typer(data_app, name="data")
@@ -373,9 +300,9 @@ for _name, _run, *_more in (
     ("prepare", _prepare),
     ("check", _check),
     ("preview", _preview, *_PREVIEW_OPTIONS),
-    ("report", _report, _parameter("report_dir", str, "Folder of the report.", "Output")),
+    ("report", _report, parameter("report_dir", str, "Folder of the report.", "Output")),
 ):
-    data_app.command(_name)(_command(_run, _run.__doc__, _DATA_FIELDS, *_more))
+    data_app.command(_name)(command_of(_run, _run.__doc__, _DATA_FIELDS, *_more))
 
 checkpoints_app = typer.Typer(
     help="Look at a run's checkpoints, check them, delete old ones.", context_settings=_CONTEXT
@@ -431,7 +358,7 @@ _TRAINING = inspect.Parameter(
     ],
 )
 spot_app.command("run")(
-    _with_parameters(_spot_run, _spot_run.__doc__, [_TRAINING, *(_field_parameter(f) for f in fields(SpotOptions))])
+    with_parameters(_spot_run, _spot_run.__doc__, [_TRAINING, *(field_parameter(f) for f in fields(SpotOptions))])
 )
 
 

@@ -20,6 +20,9 @@ import yaml
 from numina_finetune.errors import ConfigError
 
 FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "numina_tir", "messages")
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "splash", "torch")
+LOSS_CHUNKS = ("auto", "sequence", "vocabulary")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant")
 BACKENDS = ("auto", "xla", "native")
@@ -152,14 +155,34 @@ class RunConfig:
     num_train_epochs: float = option(1.0, "Passes over the data, where --max-steps is not given.", "Optimisation")
     max_steps: int = option(-1, "Optimizer steps in all; overrides --num-train-epochs.", "Optimisation")
     seed: int = option(42, "Seed of data order and random weights.", "Optimisation")
-    gradient_checkpointing: bool = option(
-        True, "Recompute each layer in the backward pass.", "Optimisation", identity=False
+    remat: str = option(
+        "full",
+        "What the backward pass computes again: none (all is kept), dots (matrix products and attention are kept) or "
+        "full (only each layer's input is kept).",
+        "Optimisation",
+        identity=False,
     )
     # Devices
     backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices", identity=False)
     mesh: str | None = option(
         None,
         'Devices along each axis, such as "fsdp=4,tensor=2"; one axis may be -1. All on fsdp if unset.',
+        "Devices",
+        identity=False,
+    )
+    scan_layers: bool = option(
+        True, "XLA: compile one layer, and run it in a loop over all of them.", "Devices", identity=False
+    )
+    attention: str = option(
+        "auto",
+        "auto, splash (JAX's kernel for TPUs) or torch; auto takes splash where it can.",
+        "Devices",
+        identity=False,
+    )
+    loss_chunks: str = option(
+        "auto",
+        "XLA: the logits are made in chunks of the sequence (nothing is computed twice), or of the vocabulary (less "
+        "memory for large models); auto goes by the size of the output layer.",
         "Devices",
         identity=False,
     )
@@ -208,6 +231,12 @@ class RunConfig:
         0, "Optimizer steps between evaluations of the loss; 0 = only at the end.", "Output", identity=False
     )
     logging_steps: int = option(10, "Optimizer steps between log lines.", "Output", identity=False)
+    profile_steps: str | None = option(
+        None,
+        "Optimizer steps of which a trace of the devices is written into the run's folder, such as 10-15.",
+        "Output",
+        identity=False,
+    )
     report_to: str = option("none", "Trackers, comma-separated: wandb, tensorboard, none.", "Output", identity=False)
     dry_run: bool = option(
         False, "Check everything, prepare the data, say what would run, and stop.", "Output", identity=False
@@ -222,6 +251,14 @@ class RunConfig:
     @property
     def trackers(self) -> list[str]:
         return [name for name in self.report_to.split(",") if name and name != "none"]
+
+    @property
+    def profiled_steps(self) -> range:
+        """``--profile-steps`` as numbers, the first optimizer step being 1; empty if unset."""
+        if self.profile_steps is None:
+            return range(0)
+        first, _, last = self.profile_steps.partition("-")
+        return range(int(first), int(last or first) + 1)
 
     @property
     def resolved_run_id(self) -> str:

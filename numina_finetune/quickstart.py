@@ -105,7 +105,7 @@ def quickstart_config(output_dir: Path, steps: int) -> RunConfig:
         lr_scheduler_type="linear",
         adam_beta2=0.98,
         max_steps=steps,
-        gradient_checkpointing=False,
+        remat="none",
         backend="xla",
         mesh=f"fsdp={DEVICES}",
         output_dir=str(output_dir),

@@ -215,7 +215,7 @@ def test_everything_that_is_wrong_is_told_at_once(refused: Refused, problems: st
         *("--dataset-name", problems, "--format", "gsm8k", "--dataset-name", missing, "--format", "nope"),
         *("--dataset-weight", "1", "--dataset-weight", "-1"),
         *("--bf16", "--precision", "fp32", "--global-batch-size", "8", "--gradient-accumulation-steps", "2"),
-        *("--learning-rate", "nan", "--optim", "sgd"),
+        *("--learning-rate", "nan", "--optim", "sgd", "--remat", "some", "--profile-steps", "15-10"),
         PJRT_DEVICE="CPU",
         CPU_NUM_DEVICES="4",
         WORLD_SIZE="2",
@@ -224,6 +224,8 @@ def test_everything_that_is_wrong_is_told_at_once(refused: Refused, problems: st
     expected = [
         "--bf16 and --precision fp32",
         "--optim 'sgd'",
+        "--remat 'some'",
+        "--profile-steps '15-10'",
         "--learning-rate nan",
         "--global-batch-size 8",
         "--format 'nope'",

@@ -47,7 +47,7 @@ def test_underscores_work_as_well_as_hyphens(resolved: Callable[..., RunConfig])
         "--no_gradient_checkpointing",
     )
     assert underscores == hyphens
-    assert hyphens.max_seq_length == 64 and not hyphens.gradient_checkpointing
+    assert hyphens.max_seq_length == 64 and hyphens.remat == "none"
 
 
 def test_train_may_be_left_out(resolved: Callable[..., RunConfig]) -> None:
@@ -61,6 +61,16 @@ def test_nothing_given_means_every_default(resolved: Callable[..., RunConfig]) -
 def test_a_value_keeps_its_underscores_and_spaces(resolved: Callable[..., RunConfig]) -> None:
     config = resolved(*NEEDED, "--run-id", "my_run", "--system-prompt", "think --hard_er")
     assert (config.run_id, config.system_prompt) == ("my_run", "think --hard_er")
+
+
+def test_gradient_checkpointing_is_a_spelling_of_remat(resolved: Callable[..., RunConfig]) -> None:
+    assert resolved(*NEEDED, "--gradient-checkpointing").remat == "full"
+    assert resolved(*NEEDED, "--no-gradient-checkpointing").remat == "none"
+
+
+def test_gradient_checkpointing_and_remat_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_command([*NEEDED, "--no-gradient-checkpointing", "--remat", "dots", "--backend", "native"]) == 2
+    assert "--no-gradient-checkpointing and --remat dots both say" in capsys.readouterr().err
 
 
 def test_bf16_is_a_spelling_of_precision(resolved: Callable[..., RunConfig]) -> None:

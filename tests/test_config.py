@@ -34,7 +34,7 @@ def changed(**values: Any) -> RunConfig:
         {"logging_steps": 1, "report_to": "tensorboard"},
         {"eval_steps": 5, "eval_dataset_name": "synthetic-gsm8k[test]"},
         {"resume_from_checkpoint": "12"},
-        {"gradient_checkpointing": False},
+        {"remat": "none"},
     ],
 )
 def test_another_mesh_or_another_way_to_log_and_save_is_the_same_run(values: dict[str, Any]) -> None:

@@ -69,6 +69,15 @@ def test_only_the_spot_room_starts_gcloud() -> None:
     assert [path.parent.name for path in started] == ["spot"] * len(started) and started
 
 
+def test_only_the_xla_room_and_the_tpus_compiler_know_jax() -> None:
+    compiler = PACKAGE / "plan" / "compiler.py"
+    assert offenders([path for path in house(outside="xla") if path != compiler], "jax", "jaxlib") == []
+
+
+def test_the_tpus_compiler_runs_without_this_package() -> None:
+    assert offenders([PACKAGE / "plan" / "compiler.py"], "numina_finetune") == []
+
+
 def test_only_storage_knows_google_cloud() -> None:
     assert offenders(house(outside="storage.py"), "google.cloud") == []
 
@@ -82,6 +91,7 @@ def test_only_storage_knows_google_cloud() -> None:
         ("checkpoint", own("train", "models", "xla", "torch_native", "cli")),
         ("spot", ["torch", "accelerate", *own("train", "models", "xla", "torch_native", "evaluation", "cli")]),
         ("evaluation", own("xla", "torch_native", "cli")),
+        ("plan", own("xla", "torch_native", "evaluation", "checkpoint", "cli")),
         ("xla", own("torch_native", "cli")),
         ("torch_native", own("xla", "cli")),
     ],
@@ -94,7 +104,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
     "name", ["checks.py", "config.py", "errors.py", "files.py", "mesh.py", "process_tree.py", "storage.py", "stores.py"]
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
-    rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot")
+    rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot", "plan")
     assert offenders([PACKAGE / name], *rooms) == []
 
 

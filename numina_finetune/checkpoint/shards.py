@@ -217,6 +217,10 @@ class ShardReader:
         self._pieces = {(stored.piece.name, stored.piece.offsets): stored for stored in pieces}
         self._position = {name: number for number, name in enumerate(dict.fromkeys(s.piece.name for s in pieces))}
 
+    def arranged(self, change: Callable[[Sequence[Stored]], Sequence[Stored]]) -> ShardReader:
+        """The same bytes, as pieces of other tensors."""
+        return ShardReader(self._store, self._prefix, self._files, change(list(self._pieces.values())))
+
     @cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every tensor, by name (``model.…`` and ``optim.…``)."""

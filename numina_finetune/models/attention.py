@@ -45,6 +45,7 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, causal within each segment.
@@ -53,20 +54,39 @@ def segment_attention(
         query: ``[batch, heads, seq, head_dim]``.
         key, value: ``[batch, kv_heads, seq, head_dim]``; heads are a multiple of kv_heads.
         segment_ids: ``[batch, seq]``, see :func:`segment_mask`.
+        s_aux: ``[heads]``, transformers' name for attention sinks: a logit that takes a share and gives nothing.
 
     Returns:
         ``[batch, seq, heads, head_dim]`` and no attention weights, as transformers expects.
     """
     groups = query.shape[1] // key.shape[1]
-    output = nn.functional.scaled_dot_product_attention(
-        query.to(value.dtype),
-        _repeat_heads(key.to(value.dtype), groups),
-        _repeat_heads(value, groups),
-        attn_mask=segment_mask(segment_ids, sliding_window),
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    query, key, value = query.to(value.dtype), _repeat_heads(key.to(value.dtype), groups), _repeat_heads(value, groups)
+    mask = segment_mask(segment_ids, sliding_window)
+    if s_aux is None:
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+    else:
+        output = _attention_with_sinks(query, key, value, mask, s_aux, dropout, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attention_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    sinks: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """``[batch, heads, seq, head_dim]``; the probabilities are made in fp32 or more."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
+    sink = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    probabilities = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1].to(value.dtype)
+    return nn.functional.dropout(probabilities, dropout) @ value
 
 
 def _repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:

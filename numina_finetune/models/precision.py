@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 
 WEIGHT_DTYPES = {"bf16": torch.float32, "pure-bf16": torch.bfloat16, "fp32": torch.float32}
 """Type of the trained weights (and so of the optimizer's moments) under each ``--precision``."""
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "pure-bf16": torch.bfloat16, "fp32": torch.float32}
+"""What the model's products are computed in."""
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "pure-bf16": torch.bfloat16, "fp32": torch.float32}
 """Type of the exported weights: the one the model was trained to compute with."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
@@ -23,6 +25,7 @@ from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
+from numina_finetune.train.speed import Chips
 from numina_finetune.train.step import optimizer_step
 
 
@@ -48,6 +51,8 @@ class NativeBackend:
             raise ConfigError(
                 "--backend native, but Accelerate has already chosen XLA: set USE_TORCH_XLA=false in the environment"
             )
+        if config.attention == "splash":
+            raise ConfigError("--attention splash is a kernel for TPUs: use auto or torch with the native backend")
         self.process_index, self.process_count = state.process_index, state.num_processes
         self.mesh_shape = _data_mesh(config.mesh, self.process_count)
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1
@@ -55,11 +60,13 @@ class NativeBackend:
         self._copies = HostCopies()
         self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
         self.device = self.accelerator.device
+        self.chips = Chips(self.process_count, None)
         self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
 
     def place(self, model: PreTrainedModel, config: RunConfig) -> None:
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.remat != "none":
+            kept = {"context_fn": _keep_products} if config.remat == "dots" else {}
+            model.activation_checkpointing_enable({"use_reentrant": False, **kept})
         apply_precision(model, config.precision)
         model.to(self.device)
         self._parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
@@ -106,6 +113,24 @@ class NativeBackend:
     def restore(self, shards: ShardReader) -> None:
         shards.fill(self._state())
 
+    def start_profile(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile = (
+            folder / f"process-{self.process_index}.pt.trace.json",
+            torch.profiler.profile(activities=activities),
+        )
+        self._profile[1].start()
+
+    def stop_profile(self) -> None:
+        path, profile = self._profile
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        profile.stop()
+        profile.export_chrome_trace(str(path))
+
     def summary(self) -> str:
         return "eager execution: no graph to compile"
 
@@ -126,6 +151,22 @@ class NativeBackend:
     def _no_sync(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.no_sync(self._module)
         return context if self.process_count > 1 else nullcontext()
+
+
+def _keep_products() -> Any:
+    """For ``--remat dots``: what matrix products and attention gave is kept."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+        [
+            aten.mm.default,
+            aten.bmm.default,
+            aten.addmm.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )
 
 
 def _data_mesh(text: str | None, processes: int) -> MeshShape:

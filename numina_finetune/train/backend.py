@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch
 from numina_finetune.mesh import MeshShape
 from numina_finetune.processes import ProcessGroup
+from numina_finetune.train.speed import Chips
 
 DeviceBatch = Mapping[str, torch.Tensor]
 """``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
@@ -54,6 +56,8 @@ class Backend(Protocol):
     replicas_per_process: int
     """Of which this process feeds so many, contiguous from ``process_index * replicas_per_process``."""
 
+    chips: Chips
+
     def place(self, model: PreTrainedModel, config: RunConfig) -> None:
         """Move the model to the devices, shard it, and make its optimizer."""
 
@@ -77,6 +81,12 @@ class Backend(Protocol):
 
     def restore(self, shards: ShardReader) -> None:
         """The inverse of :meth:`snapshot`, in place, from whatever mesh or backend wrote it."""
+
+    def start_profile(self, folder: Path) -> None:
+        """Record what the devices do from now on, into ``folder``."""
+
+    def stop_profile(self) -> None:
+        """End the recording, and write it."""
 
     def summary(self) -> str:
         """What the run cost in compilations and host reads, in one line."""

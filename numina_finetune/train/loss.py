@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from transformers import PreTrainedModel
 from numina_finetune.data.loader import NO_LOSS
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once, over all devices' rows: 256 MiB in fp32."""
+"""Logits that a device holds at once: 256 MiB in fp32."""
+
+CrossEntropy = Callable[[torch.Tensor, nn.Module, torch.Tensor], torch.Tensor]
+"""``(hidden [batch, seq, hidden], head with a weight [vocabulary, hidden], labels [batch, seq])`` to a summed loss."""
 
 
 class CausalLoss(nn.Module):
@@ -20,9 +24,14 @@ class CausalLoss(nn.Module):
     A module rather than a function, because data-parallel wrappers hook the forward of a module.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cross_entropy: CrossEntropy | None = None) -> None:
+        """
+        Args:
+            cross_entropy: another way to the loss than :func:`linear_cross_entropy`.
+        """
         super().__init__()
         self.model = model
+        self._cross_entropy = cross_entropy or _of_head
 
     def forward(
         self,
@@ -35,7 +44,16 @@ class CausalLoss(nn.Module):
         hidden = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
         ).last_hidden_state
-        return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, labels)
+        return self._cross_entropy(hidden, self.model.get_output_embeddings(), labels)
+
+
+def _of_head(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    return linear_cross_entropy(hidden, head.weight, labels)  # type: ignore[arg-type]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tokens are made in: fp32, or more where the values themselves are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -47,7 +65,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
         labels: ``[batch, seq]`` int, already shifted; ``-100`` has no loss.
 
     Returns:
-        fp32 scalar.
+        Scalar, fp32 unless the model computes in more.
     """
     batch, length, _ = hidden.shape
     chunk = max(1, min(length, CHUNK_ELEMENTS // (batch * weight.shape[0])))
@@ -66,17 +84,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = accumulation_dtype(hidden.dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradients = []
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if wants_gradient else None
         for start in range(0, hidden.shape[1], chunk):
             states, targets = hidden[:, start : start + chunk], labels[:, start : start + chunk]
-            chunk_loss, gradient = _chunk_loss((states @ weight.T).float(), targets)
+            chunk_loss, gradient = _chunk_loss((states @ weight.T).to(wide), targets)
             loss = loss + chunk_loss
             if weight_gradient is not None:
                 gradient = gradient.to(hidden.dtype)
                 hidden_gradients.append(gradient @ weight)
-                weight_gradient = weight_gradient + torch.einsum("bsv,bsh->vh", gradient, states).float()
+                weight_gradient = weight_gradient + torch.einsum("bsv,bsh->vh", gradient, states).to(wide)
         if weight_gradient is not None:
             ctx.save_for_backward(torch.cat(hidden_gradients, dim=1), weight_gradient)
             ctx.weight_dtype = weight.dtype
@@ -95,15 +114,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss (scalar) and its gradient by the logits, ``[batch, chunk, vocabulary]``, all fp32."""
+    """Summed loss (scalar) and its gradient by the logits, ``[batch, chunk, vocabulary]``, in the logits' type."""
     supervised = (targets != NO_LOSS).unsqueeze(-1)
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    if logits.device.type == "xla":
-        # A comparison fuses into its neighbours; gather and scatter are slow on a TPU.
-        vocabulary = torch.arange(logits.shape[-1], device=logits.device, dtype=targets.dtype)
-        is_target = vocabulary == targets.unsqueeze(-1)
-        loss = -torch.where(is_target & supervised, log_probabilities, 0.0).sum()
-        return loss, torch.where(supervised, log_probabilities.exp() - is_target.float(), 0.0)
     # Eager execution pays for each pass over the logits: the probabilities take the place of their logarithms.
     picked = targets.clamp(min=0).long().unsqueeze(-1)
     loss = -torch.where(supervised, log_probabilities.gather(-1, picked), 0.0).sum()

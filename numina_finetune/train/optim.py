@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,19 @@ def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
     return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases (one dimension) do not."""
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+def parameter_groups(
+    parameters: Mapping[str, torch.nn.Parameter], weight_decay: float, matrices: Container[str] | None = None
+) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases (one dimension) do not.
+
+    Args:
+        matrices: names of those that decay, where dimensions do not tell (a stack of norms has two).
+    """
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    decay = {name for name, p in trained.items() if (p.ndim >= 2 if matrices is None else name in matrices)}
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name in decay], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decay], "weight_decay": 0.0},
     ]
 
 

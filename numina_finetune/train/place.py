@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from numina_finetune.config import RunConfig
-from numina_finetune.storage import Store, open_store
+from numina_finetune.errors import ConfigError
+from numina_finetune.storage import StorageError, Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ class RunPlace:
         path = self.folder / name
         if not self.is_local and path.is_file():
             self.store.write(name, path.read_bytes())
+
+    def publish_folder(self, name: str) -> None:
+        """Store the files below a folder of the folder, if there are any; a fault is told and does not count."""
+        if self.is_local:
+            return
+        try:
+            for path in sorted(path for path in (self.folder / name).rglob("*") if path.is_file()):
+                self.store.upload(path, path.relative_to(self.folder).as_posix())
+        except (StorageError, ConfigError) as error:
+            logger.warning("%s stays on this machine: %s", name, error)
 
     def has_model(self) -> bool:
         """Whether the exported model is there, whole."""

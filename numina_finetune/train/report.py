@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numina_finetune import storage
 from numina_finetune.checkpoint.manager import Saved
 from numina_finetune.train.backend import StepMetrics
 from numina_finetune.train.place import METRICS
+from numina_finetune.train.speed import Chips, Seconds, TokenFlops, utilisation
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,21 @@ class Report:
     """Process 0's account of the run; silent elsewhere."""
 
     def __init__(
-        self, run: Path, accelerator: Accelerator, *, life: int, step: int, total_steps: int, active: bool
+        self,
+        run: Path,
+        accelerator: Accelerator,
+        *,
+        life: int,
+        step: int,
+        total_steps: int,
+        active: bool,
+        flops: TokenFlops,
+        chips: Chips,
     ) -> None:
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
         self._active = active
+        self._flops, self._chips = flops, chips
         self._since = time.monotonic()
         if active:
             _keep_records_up_to(self._path, step)
@@ -49,23 +60,37 @@ class Report:
         """One optimizer step was dispatched."""
         self._bar.update(1)
 
-    def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float]) -> None:
-        """Record the steps since the last log line; they have just been read, so the clock is true."""
+    def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float], spent: Seconds) -> None:
+        """Record the steps since the last log line; they have just been read, so the clock is true.
+
+        Args:
+            spent: on all of them.
+        """
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         rate = sum(m.tokens for m in metrics) / seconds
         self._since = now
+        count = len(metrics)
+        speed = {
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_per_chip": round(rate / self._chips.count, 1),
+            **utilisation(self._flops, rate, self._chips),
+            "seconds_per_step": round(seconds / count, 4),
+            "seconds_input": round(spent.input / count, 4),
+            "seconds_dispatch": round(spent.dispatch / count, 4),
+            "seconds_wait": round(spent.wait / count, 4),
+        }
         records = []
         for metric, learning_rate in zip(metrics, learning_rates, strict=True):
             self._step += 1
-            records.append(_record(self._step, metric, learning_rate, rate, self._life))
+            records.append(_record(self._step, metric, learning_rate, speed, self._life))
         if not self._active:
             return
         self._write(*records)
         for record in records:
             numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
             self._accelerator.log(numbers, step=record["step"])
-        self._show(metrics[-1], learning_rates[-1], rate, seconds / len(metrics))
+        self._show(metrics[-1], learning_rates[-1], speed)
 
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Record the evaluation loss after ``step``."""
@@ -92,12 +117,14 @@ class Report:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def _show(self, metric: StepMetrics, learning_rate: float, rate: float, seconds_a_step: float) -> None:
+    def _show(self, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float]) -> None:
+        rate, left = speed["tokens_per_second"], speed["seconds_per_step"] * (self._total - self._step)
+        used = f"  mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
         self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
         if self._bar.disable:
             self._say(
                 f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
-                f"{rate:.0f} tokens/s  {_clock(seconds_a_step * (self._total - self._step))} left"
+                f"{rate:.0f} tokens/s{used}  {_clock(left)} left"
             )
 
     def _say(self, line: str) -> None:
@@ -107,7 +134,9 @@ class Report:
             self._bar.write(line)
 
 
-def _record(step: int, metric: StepMetrics, learning_rate: float, rate: float, life: int) -> dict[str, Any]:
+def _record(
+    step: int, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float], life: int
+) -> dict[str, Any]:
     return {
         "step": step,
         "loss": metric.loss,
@@ -115,7 +144,7 @@ def _record(step: int, metric: StepMetrics, learning_rate: float, rate: float, l
         "grad_norm": metric.grad_norm,
         "supervised_tokens": metric.supervised,
         "tokens": metric.tokens,
-        "tokens_per_second": round(rate, 1),
+        **speed,
         "applied": metric.applied,
         "life": life,
     }

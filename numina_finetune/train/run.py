@@ -36,6 +36,7 @@ from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
 from numina_finetune.train.place import DATA_REPORT, METRICS, MODEL, RunPlace, open_place
+from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.record import (
     check_output,
     facts_of,
@@ -45,6 +46,7 @@ from numina_finetune.train.record import (
     write_record,
 )
 from numina_finetune.train.report import Report
+from numina_finetune.train.speed import TokenFlops, token_flops
 from numina_finetune.train.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -142,7 +144,9 @@ class _Life:
             )
             return True
 
-        backend.place(load_model(config, tokenizer, weights=not candidates), config)
+        model = load_model(config, tokenizer, weights=not candidates)
+        flops = token_flops(model, config.max_seq_length)
+        backend.place(model, config)
         self.checkpoints = CheckpointManager(
             place.store,
             self.attempt.number,
@@ -158,7 +162,7 @@ class _Life:
         if candidates:
             checkpoint = self.checkpoints.load(candidates)
             _say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
-        finished = self._train(data, plan, self.checkpoints)
+        finished = self._train(data, plan, self.checkpoints, flops)
         _say(backend, backend.summary())
         if finished:
             self._export(tokenizer, data)
@@ -188,7 +192,7 @@ class _Life:
             seconds=checkpoints.seconds if checkpoints else {},
         )
 
-    def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager) -> bool:
+    def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager, flops: TokenFlops) -> bool:
         config, backend = self.config, self.backend
         if config.trackers:
             backend.accelerator.init_trackers("numina_finetune", config=_flat(config))
@@ -202,6 +206,8 @@ class _Life:
             step=self.progress.step,
             total_steps=plan.total_steps,
             active=first,
+            flops=flops,
+            chips=backend.chips,
         )
         trainer = Trainer(
             config,
@@ -222,6 +228,7 @@ class _Life:
         finally:
             checkpoints.close()
             report.close()
+            self.place.publish_folder(PROFILE)
             if config.trackers:
                 backend.accelerator.end_training()
 

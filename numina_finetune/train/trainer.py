@@ -16,7 +16,9 @@ from numina_finetune.errors import TrainingDiverged
 from numina_finetune.train.backend import Backend, DeviceMetrics
 from numina_finetune.train.batch import BatchPlan
 from numina_finetune.train.optim import learning_rate_at
+from numina_finetune.train.profiling import ProfiledSteps
 from numina_finetune.train.report import Report
+from numina_finetune.train.speed import Seconds
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Trainer:
         self._saved_step, self._saved_at = progress.step, time.monotonic()
         self._pending: list[tuple[DeviceMetrics, float]] = []
         self._skipped_in_a_row = 0
+        self._spent = Seconds()
+        self._profile = ProfiledSteps(config, backend)
 
     def run(self) -> bool:
         """Train until the last step (True) or until any process is asked to stop (False); saved either way."""
@@ -64,6 +68,7 @@ class Trainer:
         while self._progress.step < self._plan.total_steps:
             if self._backend.processes.any(self._notice.wanted):
                 self._notice.follow(self._backend.processes.gather(self._notice.told))
+                self._profile.close()
                 self._save(wait=True)
                 return False
             self._train_step()
@@ -73,6 +78,7 @@ class Trainer:
                 self._save()
             if self._evaluation_due():
                 self._evaluate()
+        self._profile.close()
         self._checkpoints.finish()
         self._report_saves()
         return True
@@ -91,9 +97,15 @@ class Trainer:
 
     def _train_step(self) -> None:
         learning_rate = learning_rate_at(self._progress.step, self._plan.total_steps, self._config)
+        self._profile.before(self._progress.step + 1)
+        begun = time.monotonic()
         batches = [self._backend.put_batch(rows) for rows in self._micro_batches()]
+        sent = time.monotonic()
         self._pending.append((self._backend.step(batches, learning_rate), learning_rate))
+        self._spent.input += sent - begun
+        self._spent.dispatch += time.monotonic() - sent
         self._progress.step += 1
+        self._profile.after(self._progress.step)
         self._progress.rows += self._plan.batch.global_batch
         self._report.advance()
 
@@ -112,9 +124,12 @@ class Trainer:
         """Read the metrics since the last time: the one place where the loop waits for the device."""
         if not self._pending:
             return
+        begun = time.monotonic()
         metrics = self._backend.read([device for device, _ in self._pending])
+        self._spent.wait += time.monotonic() - begun
         self._progress.tokens += sum(metric.tokens for metric in metrics)
-        self._report.log(metrics, [rate for _, rate in self._pending])
+        self._report.log(metrics, [rate for _, rate in self._pending], self._spent)
+        self._spent = Seconds()
         self._pending.clear()
         for metric in metrics:
             self._skipped_in_a_row = 0 if metric.applied else self._skipped_in_a_row + 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.debug.profiler as profiler
 import torch_xla.distributed.spmd as xs
 import torch_xla.distributed.xla_backend
 import torch_xla.runtime as xr
@@ -20,17 +22,15 @@ from transformers import PreTrainedModel
 from numina_finetune.checkpoint.shards import Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
-from numina_finetune.models.precision import apply_precision
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
-from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import named_state
-from numina_finetune.train.step import optimizer_step
-from numina_finetune.xla.optimizer import guarded_update, make_adamw
-from numina_finetune.xla.placement import constrain_activations, shard_parameters
-from numina_finetune.xla.remat import enable_gradient_checkpointing
-from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, start_spmd
+from numina_finetune.train.speed import Chips
+from numina_finetune.xla.optimizer import make_adamw
+from numina_finetune.xla.placement import RuntimeTensors, place_model, step_options
+from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
 from numina_finetune.xla.state import SavePlanner, settle
+from numina_finetune.xla.step import train_step
 
 
 class XlaBackend:
@@ -54,6 +54,7 @@ class XlaBackend:
         self.data_parallel_size = self.mesh_shape.data_parallel_size
         self.replicas_per_process = self.data_parallel_size // self.process_count
         self.device = torch_xla.device()
+        self.chips = Chips(devices, peak_flops())
         self.device_description = (
             f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, "
             f"{self.process_count} process(es)"
@@ -64,13 +65,11 @@ class XlaBackend:
         self._traffic = TrafficCounter()
 
     def place(self, model: PreTrainedModel, config: RunConfig) -> None:
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        apply_precision(model, config.precision)
-        self._parameters = shard_parameters(model, self._mesh, self.mesh_shape, self.device)
-        constrain_activations(model, self._mesh)
-        self._optimizer = make_adamw(self._parameters, config, self.device)
-        self._module = self.accelerator.prepare(CausalLoss(model).train())
+        tensors = RuntimeTensors(self._mesh, self.device)
+        options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
+        self._placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
+        self._optimizer = make_adamw(self._placed, config, tensors)
+        self._module = self.accelerator.prepare(self._placed.module.train())
         self._max_grad_norm = config.max_grad_norm
         torch_xla.sync()
         self._traffic.leave_out()
@@ -85,16 +84,12 @@ class XlaBackend:
     def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
         # A scalar 0 or 1 would be traced as a constant, and a warm-up that begins at 0 compiled twice.
         rate = torch.tensor([learning_rate]).to(self.device).squeeze(0)
-        metrics = optimizer_step(
-            self._module,
-            list(self._parameters.values()),
+        metrics = train_step(
+            replace(self._placed, module=self._module),
+            self._optimizer,
             batches,
+            rate,
             max_grad_norm=self._max_grad_norm,
-            update=lambda applied: guarded_update(self._optimizer, rate, applied),
-            reduce=lambda value: value,
-            gradient_scale=1.0,
-            accumulating=nullcontext,
-            foreach=False,
         )
         torch_xla.sync()
         self._traffic.count_step()
@@ -122,19 +117,32 @@ class XlaBackend:
         settle()
         shards = self._snapshots.take(self._state())
         self._traffic.leave_out()
-        return shards
+        stacking = self._placed.stacking
+        return shards if stacking is None else [own for shard in shards for own in stacking.unstack(shard)]
 
     def restore(self, shards: ShardReader) -> None:
         settle()
+        if self._placed.stacking is not None:
+            shards = shards.arranged(self._placed.stacking.restack)
         shards.fill(self._state(), SPMDLoadPlanner())
         settle()
+        self._traffic.leave_out()
+
+    def start_profile(self, folder: Path) -> None:
+        settle()
+        profiler.start_trace(str(folder))
+
+    def stop_profile(self) -> None:
+        settle()
+        profiler.stop_trace()
         self._traffic.leave_out()
 
     def summary(self) -> str:
         return (
             f"training-graph compilations: {self._traffic.training_compilations}; "
-            f"host reads between log lines: {self._traffic.host_reads}"
+            f"host reads between log lines: {self._traffic.host_reads}; "
+            f"operators outside XLA: {self._traffic.fallbacks}"
         )
 
     def _state(self) -> dict[str, Any]:
-        return named_state(self._parameters, self._optimizer)
+        return named_state(self._placed.parameters, self._optimizer)

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-import torch_xla
-from torch import nn
 
 from numina_finetune.config import RunConfig
 from numina_finetune.train.optim import adamw_arguments, parameter_groups
+from numina_finetune.xla.placement import Placed, Tensors
 
 
-def make_adamw(parameters: Mapping[str, nn.Parameter], config: RunConfig, device: torch.device) -> torch.optim.AdamW:
+def make_adamw(placed: Placed, config: RunConfig, tensors: Tensors) -> torch.optim.AdamW:
     """AdamW with its state already there, at step 0 and split like the parameters.
 
     State that only appeared in the first step would change the graph between the first and the second, and a
     checkpoint could not be loaded in place.
     """
     optimizer = torch.optim.AdamW(
-        parameter_groups(parameters, config.weight_decay),
-        lr=torch.zeros((), device=device),
+        parameter_groups(placed.parameters, config.weight_decay, placed.decayed),
+        lr=0.0,  # each step brings its own; torch reads the value of a tensor given here
         capturable=True,
         foreach=False,
         **adamw_arguments(config),
     )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": _zeros_split_like(parameter),
-                "exp_avg_sq": _zeros_split_like(parameter),
-            }
+    for name, parameter in placed.parameters.items():
+        if not parameter.requires_grad:
+            continue
+        shape, spec = tuple(parameter.shape), placed.specs[name]
+        optimizer.state[parameter] = {
+            "step": tensors.zeros((), torch.float32, ()),
+            "exp_avg": tensors.zeros(shape, parameter.dtype, spec),
+            "exp_avg_sq": tensors.zeros(shape, parameter.dtype, spec),
+        }
     return optimizer
 
 
@@ -47,11 +46,3 @@ def guarded_update(optimizer: torch.optim.AdamW, learning_rate: torch.Tensor, ap
         optimizer.step()
         for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(torch.where(applied, tensor, old))
-
-
-def _zeros_split_like(parameter: nn.Parameter) -> torch.Tensor:
-    zeros = torch.zeros_like(parameter, requires_grad=False)
-    sharding = torch_xla._XLAC._get_xla_op_sharding(parameter)
-    if sharding is not None:
-        torch_xla._XLAC._xla_mark_sharding(zeros, sharding)
-    return zeros

@@ -1,57 +1,216 @@
-"""From a model on the CPU to parameters sharded over the mesh."""
+"""From a model on the CPU to what is trained on the mesh; with placeholders instead of values, to what is planned."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch_xla.distributed.spmd as xs
 from torch import nn
-from torch_xla.distributed.spmd.xla_sharding import MarkShardingFunction
 from transformers import PreTrainedModel
 
-from numina_finetune.config import BATCH_AXES
+from numina_finetune.config import RunConfig
+from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
-from numina_finetune.models.precision import canonical_name
-from numina_finetune.xla.sharding import partition_of
+from numina_finetune.models.precision import COMPUTE_DTYPES, canonical_name
+from numina_finetune.train.loss import CausalLoss
+from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.loss import cross_entropy_for
+from numina_finetune.xla.remat import enable_gradient_checkpointing
+from numina_finetune.xla.scan import ScannedLayers
+from numina_finetune.xla.sharding import PartitionSpec, partition_of
+from numina_finetune.xla.splash import attention_for, use_attention
+from numina_finetune.xla.stacking import Stacking, stacking_of
+from numina_finetune.xla.weights import SplitEmbedding, master_of, present_gathered
 
 
-def shard_parameters(
-    model: PreTrainedModel, mesh: xs.Mesh, shape: MeshShape, device: torch.device
-) -> dict[str, nn.Parameter]:
-    """Move each parameter to the devices and split it at once, so that no device ever holds the whole model.
+class Tensors(Protocol):
+    """Where tensors on the mesh come from."""
 
-    Returns:
-        The new parameters by Hugging Face name; a tied parameter stands once, under its first name.
+    def put(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
+        """``tensor`` on the devices, split; no device ever holds all of it."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, spec: PartitionSpec) -> torch.Tensor:
+        """Zeros on the devices, split."""
+
+
+@dataclass(frozen=True)
+class RuntimeTensors:
+    """Tensors with values, on the devices at hand."""
+
+    mesh: xs.Mesh
+    device: torch.device
+
+    def put(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
+        moved = tensor.to(self.device)
+        xs.mark_sharding(moved, self.mesh, spec)
+        return moved
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, spec: PartitionSpec) -> torch.Tensor:
+        zeros = torch.zeros(shape, dtype=dtype, device=self.device)
+        if spec:
+            xs.mark_sharding(zeros, self.mesh, spec)
+        return zeros
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the step is built; none of it changes what is computed."""
+
+    precision: str
+    scan_layers: bool
+    remat: str
+    attention: str
+    """``splash`` or ``torch``."""
+    loss_chunks: str = "auto"
+    """See :func:`numina_finetune.xla.loss.cross_entropy_for`."""
+
+
+def step_options(config: RunConfig, model: PreTrainedModel, shape: MeshShape, *, device_type: str) -> StepOptions:
+    """What the run's options come to for this model on devices of this type (``TPU``, ``CPU``).
+
+    Raises:
+        ConfigError: an option asks for what cannot be had.
     """
-    placed: dict[nn.Parameter, nn.Parameter] = {}
-    named: dict[str, nn.Parameter] = {}
+    wish, length = config.attention, config.max_seq_length
+    attention = attention_for(wish, model.config, length, shape, device_type=device_type)
+    return StepOptions(config.precision, config.scan_layers, config.remat, attention, config.loss_chunks)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model on a mesh, ready for :func:`numina_finetune.xla.step.train_step`."""
+
+    module: CausalLoss
+    parameters: Mapping[str, nn.Parameter]
+    """By name; equal layers are stacked under names such as ``model.layers.[0::1].mlp.up_proj.weight``."""
+    specs: Mapping[str, PartitionSpec]
+    """Partition of each parameter, and of the optimizer's moments for it."""
+    decayed: frozenset[str]
+    """Names of the parameters that are matrices in the model itself."""
+    stacking: Stacking | None
+    constraints: Constraints
+
+
+def parameter_shapes(model: nn.Module, stacking: Stacking | None) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter as it is held, by name; a tied one stands once, under its first name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        own = canonical_name(name)
+        held = stacking.stacked_name(own) if stacking else own
+        shapes[held] = tuple(parameter.shape) if held == own else (stacking.turns, *parameter.shape)  # type: ignore[union-attr]
+    return shapes
+
+
+def parameter_specs(model: PreTrainedModel, shape: MeshShape, stacking: Stacking | None) -> dict[str, PartitionSpec]:
+    """Partition of each parameter as it is held, by name; rows of a stack lie as the layer's own weight would."""
+    specs: dict[str, PartitionSpec] = {}
+    for name, sizes in parameter_shapes(model, stacking).items():
+        if stacking is not None and len(stacking.members(name)) > 1:
+            specs[name] = (None, *partition_of(model.config.model_type, name, sizes[1:], shape))
+        else:
+            specs[name] = partition_of(model.config.model_type, name, sizes, shape)
+    return specs
+
+
+def stacking_for(model: PreTrainedModel, options: StepOptions) -> Stacking | None:
+    """How the model's layers are held."""
+    return stacking_of(model.config) if options.scan_layers else None
+
+
+def place_model(
+    model: PreTrainedModel, options: StepOptions, mesh: xs.Mesh, shape: MeshShape, tensors: Tensors
+) -> Placed:
+    """Give ``model``, on the CPU or without values (``meta``), tensors on the mesh, and arrange it for training there.
+
+    The model is changed in place. Its tensors are moved one after another, so that besides the model itself no more
+    than one stack of them is in host memory.
+    """
+    stacking, dtype = stacking_for(model, options), COMPUTE_DTYPES[options.precision]
+    specs, constraints = parameter_specs(model, shape, stacking), Constraints(mesh, shape)
+    decayed = frozenset(
+        stacking.stacked_name(name) if stacking else name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2
+    )
+    use_attention(model.config, options.attention, constraints)
+    decoder, head = model.base_model, model.get_output_embeddings()
+    placed: dict[str, nn.Parameter] = {}
+    if stacking is not None:
+        decoder.layers = nn.ModuleList([_scanned(model, stacking, options, specs, constraints, tensors, placed)])
+    elif options.remat == "full":
+        enable_gradient_checkpointing(model)
+    elif options.remat == "dots":
+        raise ConfigError(
+            "--remat dots on XLA chooses within the loop over layers, and there is none here (--no-scan-layers, or "
+            "layers that do not repeat): use full or none"
+        )
+    stacked, moved = {id(parameter) for parameter in placed.values()}, dict[nn.Parameter, nn.Parameter]()
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        owner, _, leaf = name.rpartition(".")
-        if parameter not in placed:
-            moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
-            known_as = canonical_name(name)
-            xs.mark_sharding(moved, mesh, partition_of(model.config.model_type, known_as, tuple(moved.shape), shape))
-            placed[parameter] = named[known_as] = moved
+        if id(parameter) in stacked:
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if parameter not in moved:
+            on_mesh = nn.Parameter(tensors.put(parameter.detach(), specs[name]), requires_grad=parameter.requires_grad)
+            moved[parameter] = placed[name] = on_mesh
+        if owner is not decoder.embed_tokens:
+            # On the CPU, because registering a parametrization ends in Tensor.set_, which freezes an XLA tensor.
+            spec = specs.get(name) or next(specs[known] for known, it in placed.items() if it is moved[parameter])
+            present_gathered(owner, leaf, spec, dtype, constraints)
+            owner, leaf = owner.parametrizations[leaf], "original"  # type: ignore[union-attr,index,assignment]
         # Module.to() would break ties: an XLA tensor cannot be swapped into a CPU parameter in place.
-        setattr(model.get_submodule(owner), leaf, placed[parameter])
+        setattr(owner, leaf, moved[parameter])
+    embedding = decoder.embed_tokens
+    decoder.embed_tokens = SplitEmbedding(embedding, embedding.weight, dtype, constraints)
     for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer.to(device))
-    return named
+        owner_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner_name), leaf, tensors.put(buffer, (None,) * buffer.ndim))
+    if stacking is None:
+        for layer in decoder.layers:
+            layer.register_forward_hook(lambda module, arguments, output: constraints(output, "hidden"))
+    head_spec = next(specs[name] for name, it in placed.items() if it is master_of(head, "weight"))
+    head_weight = master_of(head, "weight")
+    loss = cross_entropy_for(options.loss_chunks, head_spec, head_weight, dtype, constraints)
+    module = CausalLoss(model, loss)
+    return Placed(module, {name: placed[name] for name in specs}, specs, decayed, stacking, constraints)
 
 
-def constrain_activations(model: PreTrainedModel, mesh: xs.Mesh) -> None:
-    """Keep hidden states split by rows after the embedding and every layer, forward and backward.
-
-    Without it the partitioner may follow a weight's split instead, and exchange activations rather than weights.
-    """
-    spec = (BATCH_AXES, None, None)
-
-    def split_rows(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-        marked: torch.Tensor = MarkShardingFunction.apply(output, mesh, spec)
-        return marked
-
-    decoder = model.base_model
-    for module in (decoder.embed_tokens, *decoder.layers):
-        module.register_forward_hook(split_rows)
+def _scanned(
+    model: PreTrainedModel,
+    stacking: Stacking,
+    options: StepOptions,
+    specs: Mapping[str, PartitionSpec],
+    constraints: Constraints,
+    tensors: Tensors,
+    placed: dict[str, nn.Parameter],
+) -> ScannedLayers:
+    """The model's layers as one module; their stacked parameters are added to ``placed``."""
+    layers = model.base_model.layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    weights: dict[str, nn.Parameter] = {}
+    own_specs: dict[str, PartitionSpec] = {}
+    for place in range(stacking.period):
+        for name in [name for name, _ in layers[place].named_parameters()]:
+            members = [layers[number].get_parameter(name) for number in range(place, len(layers), stacking.period)]
+            stacked = stacking.stacked_name(f"{prefix}.{place}.{name}")
+            stack = torch.stack([member.detach() for member in members])
+            # What is on the devices is not kept on the host as well: 36 layers in fp32 are most of its memory.
+            for number in range(place, len(layers), stacking.period):
+                owner, _, leaf = name.rpartition(".")
+                layer_owner = layers[number].get_submodule(owner)
+                setattr(layer_owner, leaf, nn.Parameter(members[0].detach().to("meta"), members[0].requires_grad))
+            parameter = nn.Parameter(tensors.put(stack, specs[stacked]), requires_grad=members[0].requires_grad)
+            placed[stacked] = weights[f"{place}.{name}"] = parameter
+            own_specs[f"{place}.{name}"] = specs[stacked][1:]
+    return ScannedLayers(
+        [layers[place] for place in range(stacking.period)],
+        weights,
+        own_specs,
+        turns=stacking.turns,
+        dtype=COMPUTE_DTYPES[options.precision],
+        remat=options.remat,
+        constraints=constraints,
+    )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import numpy as np
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
+from torch_xla._internal import tpu as tpu_environment
 
 from numina_finetune.config import BATCH_AXES, MESH_AXES
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
+from numina_finetune.tpu import parse_tpu
+
+logger = logging.getLogger(__name__)
 
 BATCH_SPEC = (BATCH_AXES, None)
 """Partition of a ``[batch, seq]`` tensor: rows over the data-parallel axes."""
@@ -59,6 +64,18 @@ def build_mesh(text: str | None, devices: int) -> tuple[xs.Mesh, MeshShape]:
     return mesh, shape
 
 
+def peak_flops() -> float | None:
+    """A chip's bf16 FLOPs a second; None where it is no TPU, or one that is not in the table."""
+    if xr.device_type() != "TPU":
+        return None
+    name = os.environ.get("TPU_ACCELERATOR_TYPE") or tpu_environment.get_tpu_env().get("ACCELERATOR_TYPE", "")
+    try:
+        return parse_tpu(name).chip.bf16_flops
+    except ConfigError:
+        logger.warning("the TPU says it is a %r, which is not in the table: utilisation is not reported", name)
+        return None
+
+
 class TrafficCounter:
     """Counts graph compilations and host reads of the training steps, and of all that happens between them.
 
@@ -68,17 +85,21 @@ class TrafficCounter:
     def __init__(self) -> None:
         self.training_compilations = 0
         self.host_reads = 0
-        self._compilations_so_far = self._reads_so_far = 0
+        self.fallbacks = 0
+        """Operators that XLA does not have, and that ran on the host instead."""
+        self._compilations_so_far = self._reads_so_far = self._fallbacks_so_far = 0
 
     def count_step(self) -> None:
         """A step ends: what came since the last step, or since :meth:`leave_out`, belongs to training."""
         self.training_compilations += _samples("CompileTime") - self._compilations_so_far
         self.host_reads += _host_reads() - self._reads_so_far
+        self.fallbacks += _fallbacks() - self._fallbacks_so_far
         self.leave_out()
 
     def leave_out(self) -> None:
         """What came since the last step was asked for: a log line, a save, an evaluation."""
         self._compilations_so_far, self._reads_so_far = _samples("CompileTime"), _host_reads()
+        self._fallbacks_so_far = _fallbacks()
 
 
 def _samples(metric: str) -> int:
@@ -88,3 +109,8 @@ def _samples(metric: str) -> int:
 
 def _host_reads() -> int:
     return _samples("TransferFromDeviceTime") + int(xla_metrics.counter_value("aten::_local_scalar_dense") or 0)
+
+
+def _fallbacks() -> int:
+    names = (name for name in xla_metrics.counter_names() if name.startswith("aten::"))
+    return sum(int(xla_metrics.counter_value(name) or 0) for name in names if name != "aten::_local_scalar_dense")

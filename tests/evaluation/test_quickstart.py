@@ -25,7 +25,7 @@ def test_its_settings_are_free_of_faults_and_its_command_says_each_of_them(tmp_p
     config = quickstart.quickstart_config(tmp_path, 40)
     assert config_faults(config) == []
     options = quickstart.command_line(config)
-    for option in ("--model-name=tiny-qwen3", "--max-steps=40", "--mesh=fsdp=4", "--no-gradient-checkpointing"):
+    for option in ("--model-name=tiny-qwen3", "--max-steps=40", "--mesh=fsdp=4", "--remat=none"):
         assert option in options
     assert not any(option.startswith("--seed") for option in options)
 

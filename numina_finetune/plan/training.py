@@ -1,0 +1,110 @@
+"""How long a whole training would take at least, and what it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from numina_finetune.config import RunConfig
+from numina_finetune.plan.roofline import Bound
+from numina_finetune.spot.prices import Prices
+from numina_finetune.tpu import Slice
+from numina_finetune.train.batch import plan_steps
+
+
+@dataclass(frozen=True)
+class Training:
+    """A whole run at the bound's speed: no step is faster, so neither hours nor dollars can be less."""
+
+    rows: int
+    steps: int
+    hours: float
+    chips: int
+    region: str | None
+    dollars_per_chip_hour: float | None
+    dollars: float | None
+    price_source: str
+
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"the dataset: {self.rows:,} rows, {self.steps:,} steps: at least {self.hours:.2f} h on {self.chips} chips"
+        )
+        if self.dollars is None:
+            yield "  its price is not known: give one with --prices"
+        else:
+            yield (
+                f"  at least ${self.dollars:.2f} at ${self.dollars_per_chip_hour:.4f} a chip and hour in {self.region} "
+                f"({self.price_source})"
+            )
+
+
+def training_of(
+    config: RunConfig,
+    rows: int,
+    global_batch: int,
+    bound: Bound,
+    tpu: Slice,
+    chips: int,
+    prices: Prices,
+    region: str | None,
+) -> Training:
+    """The run over ``rows`` rows of the dataset.
+
+    Args:
+        region: None = the cheapest of those whose price is known.
+    """
+    steps = plan_steps(config, rows, global_batch)
+    hours = steps * bound.seconds / 3600
+    table = prices.table.get(tpu.family, {})
+    chosen = region or min(table, key=lambda name: table[name], default=None)
+    each = table[chosen] if chosen else None
+    dollars = each * chips * hours if each is not None else None
+    return Training(rows, steps, hours, chips, chosen, each, dollars, prices.source)
+
+
+def region_faults(tpu: Slice, prices: Prices, region: str | None) -> list[str]:
+    """What is wrong with ``--region``."""
+    table = prices.table.get(tpu.family, {})
+    if region is None or region in table:
+        return []
+    return [
+        f"--region {region}: no price of {tpu.family} is known there: use {', '.join(sorted(table)) or 'none'}, "
+        "or give prices with --prices"
+    ]
+
+
+def dataset_rows(config: RunConfig) -> int:
+    """Rows that the run takes from its datasets; tokenises them, or finds them in the cache.
+
+    Raises:
+        UserError: the datasets cannot be trained on.
+        OSError: they cannot be read here and now.
+    """
+    from numina_finetune.data.dataset import build_index
+    from numina_finetune.data.loader import Loader
+    from numina_finetune.data.prepare import IndexOptions
+    from numina_finetune.data.token_index import cap_samples, split_validation
+    from numina_finetune.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    index = build_index(
+        config.datasets,
+        tokenizer,
+        IndexOptions.of(config),
+        config.token_cache,
+        workers=config.preprocessing_num_workers,
+        streaming=config.streaming,
+    )
+    index = cap_samples(index, [source.max_samples for source in config.datasets], config.seed)
+    if config.validation_size:
+        index, _ = split_validation(index, config.validation_size, config.seed)
+    weights = [source.weight for source in config.datasets if source.weight is not None]
+    loader = Loader(
+        index,
+        seq_len=config.max_seq_length,
+        packing=config.packing,
+        seed=config.seed,
+        pad_id=int(tokenizer.pad_token_id),
+        weights=weights or None,
+    )
+    return int(loader.rows_for_epochs(config.num_train_epochs))

@@ -1,0 +1,269 @@
+"""The loss in chunks, as loops of the XLA program; see `numina_finetune.train.loss`.
+
+Two ways to cut the logits ``[tokens, vocabulary]``, of which neither ever holds them whole:
+
+- by **sequence**: each chunk's gradients are taken when its logits are at hand, so that nothing is computed twice. The
+  head's weight is gathered once, and its gradient grows in a buffer of its size on every chip.
+- by **vocabulary**: the weight is gathered block by block, and a block's gradient leaves at once. First a pass for the
+  sums that softmax divides by, then one for the gradients, which makes the logits a second time.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from numina_finetune.data.loader import NO_LOSS
+from numina_finetune.train.loss import accumulation_dtype
+from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.loops import Loop, Tensors
+from numina_finetune.xla.sharding import PartitionSpec
+from numina_finetune.xla.weights import master_of
+
+CHUNK_ELEMENTS = 2**28
+"""Logits that a chip holds at once, at most: 1 GiB in fp32, half a GiB in bf16."""
+LARGEST_GRADIENT = 2**31
+"""Bytes that the head's gathered weight and its gradient may take on a chip before ``auto`` goes by vocabulary."""
+
+Gradients = tuple[torch.Tensor, torch.Tensor]
+
+
+def cross_entropy_for(
+    way: str, spec: PartitionSpec, weight: torch.Tensor, dtype: torch.dtype, constraints: Constraints
+) -> ChunkedCrossEntropy:
+    """What ``--loss-chunks`` comes to for a head of this weight.
+
+    Args:
+        way: ``auto``, ``sequence`` or ``vocabulary``.
+        spec: partition of the weight.
+        dtype: what the product with it is computed in.
+    """
+    own = weight.numel() // constraints.shape.tensor
+    large = own * (dtype.itemsize + accumulation_dtype(dtype).itemsize) > LARGEST_GRADIENT
+    divides = weight.shape[0] % (64 * constraints.shape.tensor) == 0  # else its blocks might be few tokens each
+    by_vocabulary = way == "vocabulary" or (way == "auto" and large and divides)
+    return (ByVocabulary if by_vocabulary else BySequence)(spec, dtype, constraints)
+
+
+class ChunkedCrossEntropy(ABC):
+    """A :data:`~numina_finetune.train.loss.CrossEntropy` whose gradients are taken on the way forward."""
+
+    def __init__(
+        self,
+        spec: PartitionSpec,
+        dtype: torch.dtype,
+        constraints: Constraints,
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        self._spec, self._dtype, self._constraints = spec, dtype, constraints
+        self._chunk_elements = chunk_elements
+
+    def __call__(self, hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = _Loss.apply(self, hidden, master_of(head, "weight"), labels)  # type: ignore[no-untyped-call]
+        return loss
+
+    @abstractmethod
+    def of(
+        self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
+    ) -> tuple[torch.Tensor, Gradients | None]:
+        """The summed loss, and perhaps its gradients by ``hidden`` and by ``master``."""
+
+    def _rows(self, hidden: torch.Tensor) -> int:
+        """Of the batch, on a chip."""
+        return -(-hidden.shape[0] // self._constraints.shape.data_parallel_size)
+
+    def _logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``[batch, seq, vocabulary]``, in fp32 or more."""
+        logits = self._constraints.place(states @ weight.T, "logits")
+        return logits.to(accumulation_dtype(states.dtype))
+
+
+class BySequence(ChunkedCrossEntropy):
+    """The partitioner knows no sum that is still to be made: it would exchange the head's gradient after each chunk.
+
+    So each replica's part has a row of its own, and the rows are summed once.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._with_gradients, self._alone = Loop(self._chunk_with_gradients), Loop(self._chunk)
+
+    def of(
+        self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
+    ) -> tuple[torch.Tensor, Gradients | None]:
+        weight = self._constraints.gathered(master, self._spec, self._dtype)
+        wide, device, replicas = accumulation_dtype(hidden.dtype), hidden.device, self._replicas
+        walked, targets = self._chunks(hidden, labels, weight.shape[0])
+        loss, turns = torch.zeros((), dtype=wide, device=device), walked.shape[0]
+        if not wants_gradients:
+            (loss,), _ = self._alone([loss], [walked, targets], [weight], turns=turns)
+            return loss, None
+        zeros = torch.zeros((replicas, *weight.shape), dtype=wide, device=device)
+        own = self._constraints.place(zeros, "head gradients")
+        (loss, own), (by_hidden,) = self._with_gradients([loss, own], [walked, targets], [weight], turns=turns)
+        by_hidden = by_hidden.transpose(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+        return loss, (self._constraints.place(by_hidden, "hidden"), self._summed(own))
+
+    def _summed(self, own: torch.Tensor) -> torch.Tensor:
+        """The replicas' gradients ``[replicas, vocabulary, hidden]`` as one, where the parameter lies.
+
+        Each chip is sent the others' parts of its columns, in the compute type as all gradients are, and adds them up
+        in fp32: the partitioner would make an all-reduce of the whole in fp32, four times the bytes.
+        """
+        fsdp = self._constraints.shape.fsdp
+        parts = own.to(self._dtype).reshape(self._replicas // fsdp, fsdp, *own.shape[1:])
+        parts = self._constraints.place(self._constraints.place(parts, "head parts"), "head columns")
+        return self._constraints.mark(parts.to(own.dtype).sum(1).sum(0), self._spec)
+
+    def _chunks(self, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[chunks, batch, seq / chunks, …]``, padded where the sequence is no multiple."""
+        batch, length, _ = hidden.shape
+        columns = -(-vocabulary // self._constraints.shape.tensor)
+        largest = max(1, min(length, self._chunk_elements // (self._rows(hidden) * columns)))
+        size = _chunk_of(length, largest)
+        count = -(-length // size)
+        missing = count * size - length
+        if missing:
+            hidden = nn.functional.pad(hidden, (0, 0, 0, missing))
+            labels = nn.functional.pad(labels, (0, missing), value=NO_LOSS)
+        walked = hidden.reshape(batch, count, size, -1).transpose(0, 1)
+        targets = labels.reshape(batch, count, size).transpose(0, 1)
+        return self._constraints.place(walked, "hidden chunks"), self._constraints.place(targets * 1, "chunks")
+
+    @property
+    def _replicas(self) -> int:
+        return self._constraints.shape.data_parallel_size
+
+    def _chunk_with_gradients(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        (loss, weight_gradient), (states, targets), (weight,) = carry, rows, constants
+        added, log_probabilities, is_target, supervised = self._loss_of(states, targets, weight)
+        wide = log_probabilities.dtype
+        by_logits = torch.where(supervised, log_probabilities.exp() - is_target.to(wide), 0.0).to(states.dtype)
+        by_logits = self._constraints.place(by_logits, "logits")
+        batch, size, _ = states.shape
+        own = torch.einsum(
+            "rtv,rth->rvh",
+            by_logits.reshape(self._replicas, batch // self._replicas * size, -1),
+            states.reshape(self._replicas, batch // self._replicas * size, -1),
+        )
+        weight_gradient = self._constraints.place(weight_gradient + own.to(wide), "head gradients")
+        return [loss + added, weight_gradient], [self._constraints.place(by_logits @ weight, "hidden")]
+
+    def _chunk(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        return [carry[0] + self._loss_of(*rows, *constants)[0]], []
+
+    def _loss_of(
+        self, states: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Summed loss, log-probabilities, which of them are targets, and which positions count."""
+        logits = self._logits(self._constraints.place(states, "hidden"), weight)
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        supervised = (targets != NO_LOSS).unsqueeze(-1)
+        # A comparison fuses into its neighbours; gather and scatter are slow on a TPU.
+        vocabulary = torch.arange(logits.shape[-1], device=logits.device, dtype=targets.dtype)
+        is_target = vocabulary == targets.unsqueeze(-1)
+        loss = -torch.where(is_target & supervised, log_probabilities, 0.0).sum()
+        return loss, log_probabilities, is_target, supervised
+
+
+class ByVocabulary(ChunkedCrossEntropy):
+    """No chip ever holds more than a block of the head's weight, or of its gradient."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._sums, self._gradients = Loop(self._add_block), Loop(self._block_gradients)
+
+    def of(
+        self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
+    ) -> tuple[torch.Tensor, Gradients | None]:
+        blocks, numbers = self._blocks(hidden, master)
+        wide, turns = accumulation_dtype(hidden.dtype), blocks.shape[0]
+        zeros = self._constraints.place(torch.zeros(labels.shape, dtype=wide, device=hidden.device), "segments")
+        start = [zeros - torch.inf, zeros, zeros + 0.0]
+        (largest, total, picked), _ = self._sums(start, [blocks, numbers], [hidden, labels], turns=turns)
+        sums = largest + total.log()
+        loss = torch.where(labels != NO_LOSS, sums - picked, 0.0).sum()
+        if not wants_gradients:
+            return loss, None
+        start = [self._constraints.place(torch.zeros_like(hidden, dtype=wide), "hidden")]
+        constants = [hidden, labels, sums]
+        (by_hidden,), (by_block,) = self._gradients(start, [blocks, numbers], constants, turns=turns)
+        by_weight = by_block.transpose(0, 1).reshape(master.shape)
+        return loss, (by_hidden.to(hidden.dtype), self._constraints.mark(by_weight, self._spec))
+
+    def _blocks(self, hidden: torch.Tensor, master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[blocks, tensor, size, hidden]`` of the weight, still split, and the tokens ``[blocks, tensor · size]``.
+
+        Each part of the mesh's tensor axis gives its share to every block, so that none has to be moved.
+        """
+        tensor = self._constraints.shape.tensor
+        if "tensor" not in self._spec:
+            tensor = 1
+        columns = master.shape[0] // tensor
+        largest = max(1, self._chunk_elements // (self._rows(hidden) * hidden.shape[1]))
+        size = _divisor_of(columns, largest)
+        small = self._constraints.mark(master.to(self._dtype), self._spec)
+        blocks = small.reshape(tensor, columns // size, size, -1).transpose(0, 1)
+        numbers = torch.arange(master.shape[0], device=master.device, dtype=torch.int32)
+        numbers = numbers.reshape(tensor, columns // size, size).transpose(0, 1).reshape(columns // size, -1)
+        return self._constraints.mark(blocks, (None, self._spec[0], None, self._spec[1])), numbers
+
+    def _add_block(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        largest, total, picked = carry
+        logits, is_target, _ = self._block_logits(rows, constants)
+        now = torch.maximum(largest, logits.amax(-1))
+        total = total * (largest - now).exp() + (logits - now.unsqueeze(-1)).exp().sum(-1)
+        return [now, total, picked + torch.where(is_target, logits, 0.0).sum(-1)], []
+
+    def _block_gradients(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        (by_hidden,), (block, _), (hidden, labels, sums) = carry, rows, constants
+        logits, is_target, weight = self._block_logits(rows, constants)
+        probabilities = (logits - sums.unsqueeze(-1)).exp() - is_target.to(logits.dtype)
+        by_logits = torch.where((labels != NO_LOSS).unsqueeze(-1), probabilities, 0.0).to(hidden.dtype)
+        by_logits = self._constraints.place(by_logits, "logits")
+        by_hidden = self._constraints.place(by_hidden + (by_logits @ weight).to(by_hidden.dtype), "hidden")
+        by_block = self._constraints.mark(torch.einsum("bsv,bsh->vh", by_logits, hidden), self._spec)
+        by_block = by_block.reshape(block.shape)
+        return [by_hidden], [self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))]
+
+    def _block_logits(self, rows: Tensors, constants: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[batch, seq, tensor · size]`` logits, which of them are targets, and the block's weight."""
+        block, numbers = rows
+        weight = block.reshape(-1, block.shape[-1])
+        if "fsdp" in self._spec:
+            weight = self._constraints.mark(weight, (self._spec[0], None))
+        logits = self._logits(self._constraints.place(constants[0], "hidden"), weight)
+        return logits, numbers == constants[1].unsqueeze(-1), weight
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rule: ChunkedCrossEntropy, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        loss, gradients = rule.of(hidden, master, labels, wants_gradients=any(ctx.needs_input_grad[1:3]))
+        if gradients is not None:
+            ctx.save_for_backward(*gradients)
+        ctx.master_dtype = master.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        (scale,) = gradients
+        by_hidden, by_weight = ctx.saved_tensors
+        return None, by_hidden * scale.to(by_hidden.dtype), by_weight.to(ctx.master_dtype) * scale, None
+
+
+def _chunk_of(length: int, largest: int) -> int:
+    """A chunk's length: a divisor of ``length``, unless that would be far shorter than what may be."""
+    divisor = _divisor_of(length, largest)
+    return divisor if divisor > largest // 4 else math.ceil(length / math.ceil(length / largest))
+
+
+def _divisor_of(length: int, largest: int) -> int:
+    """The largest divisor that is no more than ``largest``."""
+    return next(size for size in range(min(length, largest), 0, -1) if length % size == 0)

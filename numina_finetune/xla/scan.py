@@ -1,0 +1,238 @@
+"""The decoder's layers as one loop: one layer's program (or that of a group, where layers alternate), many turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.loops import Loop, Tensors, placeholder
+from numina_finetune.xla.remat import SavedTensors, keep_products, keeping
+from numina_finetune.xla.sharding import PartitionSpec
+
+
+class ScannedLayers(nn.Module):
+    """Stands where the model has its list of layers, and is called as its first layer would be."""
+
+    def __init__(
+        self,
+        group: Sequence[nn.Module],
+        weights: Mapping[str, nn.Parameter],
+        specs: Mapping[str, PartitionSpec],
+        *,
+        turns: int,
+        dtype: torch.dtype,
+        remat: str,
+        constraints: Constraints,
+    ) -> None:
+        """
+        Args:
+            group: one turn's layers, as templates without values of their own.
+            weights: ``[turns, …]`` each, by the number of the layer in the group and its name in it: ``0.mlp.…``.
+            specs: partition of one turn's weight, by the same names.
+            dtype: what the layers compute in.
+        """
+        super().__init__()
+        for layer in group:
+            keep_products(layer)
+        self._group = tuple(layer.eval() for layer in group)  # a tuple: the templates' parameters are not the model's
+        self._names = list(weights)
+        self._specs = [specs[name] for name in self._names]
+        self._turns, self._dtype, self._remat, self._constraints = turns, dtype, remat, constraints
+        for name, weight in weights.items():
+            self.register_parameter(_plain(name), weight)
+        self.register_buffer("one", torch.ones(()), persistent=False)
+        self._programs: dict[Any, _Program] = {}
+        self.one: torch.Tensor
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """``[batch, seq, hidden]`` through all layers."""
+        given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **others}
+        constants, rebuild = _tensors_of(given)
+        constants.append(self.one)
+        key = tuple((name, None if isinstance(value, torch.Tensor | tuple) else value) for name, value in given.items())
+        if key not in self._programs:
+            self._programs[key] = _Program(self, rebuild)
+        weights = [getattr(self, _plain(name)) for name in self._names]
+        if not torch.is_grad_enabled():
+            return self._programs[key].evaluate(hidden_states, weights, constants)
+        output: torch.Tensor = _Scan.apply(  # type: ignore[no-untyped-call]
+            self._programs[key], hidden_states, len(weights), *weights, *constants
+        )
+        return output
+
+    def run(self, hidden: torch.Tensor, weights: Sequence[torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
+        """One turn."""
+        for number, layer in enumerate(self._group):
+            own = {
+                name.partition(".")[2]: weight
+                for name, weight in zip(self._names, weights, strict=True)
+                if name.startswith(f"{number}.")
+            }
+            hidden = torch.func.functional_call(layer, own, (hidden,), dict(arguments))
+            hidden = self._constraints(hidden, "hidden")
+        return hidden
+
+    def gathered(self, rows: Sequence[torch.Tensor], one: torch.Tensor) -> Tensors:
+        """One turn's weights as it computes with them.
+
+        Args:
+            one: 1, which the compiler does not know. Else it casts the whole stacks before the loop, and their copies
+                live as long as the loop does (0.9 GB a chip for Qwen3-8B on 16 chips, libtpu 0.0.21); an optimization
+                barrier does not keep it from that.
+        """
+        rows = [row if row.dtype == self._dtype else row * one for row in rows]
+        return [self._constraints.gathered(row, spec, self._dtype) for row, spec in zip(rows, self._specs, strict=True)]
+
+
+class _Program:
+    """The loops of one set of arguments."""
+
+    def __init__(self, layers: ScannedLayers, rebuild: Callable[[Sequence[torch.Tensor]], dict[str, Any]]) -> None:
+        self._layers, self._rebuild = layers, rebuild
+        self._trained: tuple[bool, ...] = ()
+        self._saved = SavedTensors() if layers._remat == "none" else None
+        self._evaluation = Loop(self._evaluate_turn)
+        self._forward, self._backward = Loop(self._forward_turn), Loop(self._backward_turn)
+
+    def evaluate(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> torch.Tensor:
+        (output,), _ = self._evaluation([hidden], weights, constants, turns=self._layers._turns)
+        return output
+
+    def forward(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> tuple[torch.Tensor, Tensors]:
+        """The last layer's result, and what backward needs: each turn's input, and what is kept of it."""
+        self._trained = tuple(weight.requires_grad for weight in weights)
+        if self._saved is not None:
+            self._choose(self._saved, hidden, weights, constants)
+        turns = self._layers._turns
+        (output,), kept = self._forward([hidden], weights, constants, turns=turns)
+        self._backward.prepare([output], [*kept, *weights], constants, turns=turns, reverse=True)
+        return output, kept
+
+    def backward(
+        self, gradient: torch.Tensor, kept: Tensors, weights: Tensors, constants: Tensors
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Gradients of the first layer's input, and of the stacked weights in the compute type."""
+        (first,), found = self._backward(
+            [gradient], [*kept, *weights], constants, turns=self._layers._turns, reverse=True
+        )
+        following = iter(found)
+        return first, [next(following) if trained else None for trained in self._trained]
+
+    def _evaluate_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        layers = self._layers
+        return [layers.run(carry[0], layers.gathered(rows, constants[-1]), self._rebuild(constants))], []
+
+    def _forward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        layers = self._layers
+        hidden, leaves = carry[0].detach().requires_grad_(), self._leaves(rows, constants[-1])
+        arguments = self._rebuild(constants)
+        if self._saved is not None:
+            with torch.set_grad_enabled(True):
+                output, kept = self._saved.forward(lambda: layers.run(hidden, leaves, arguments))
+        elif layers._remat == "dots":
+            with torch.set_grad_enabled(True), keeping(None) as kept:
+                output = layers.run(hidden, leaves, arguments)
+        else:
+            output, kept = layers.run(hidden.detach(), leaves, arguments), []
+        return [output.detach()], [hidden.detach(), *kept]
+
+    def _backward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        layers = self._layers
+        kept, weights = rows[: -len(layers._names)], rows[-len(layers._names) :]
+        hidden = layers._constraints.place(kept[0], "hidden").detach().requires_grad_()
+        leaves = self._leaves(weights, constants[-1])
+        given: AbstractContextManager[Any] = nullcontext()
+        if self._saved is not None:
+            given = self._saved.given(kept[1:])
+        elif layers._remat == "dots":
+            given = keeping(kept[1:])
+        with torch.set_grad_enabled(True), given:
+            output = layers.run(hidden, leaves, self._rebuild(constants))
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        first, *others = torch.autograd.grad(output, [hidden, *trained], carry[0])
+        specs = [spec for spec, leaf in zip(layers._specs, leaves, strict=True) if leaf.requires_grad]
+        # Split at once, turn by turn: a whole layer's gradient never exists for longer than its turn.
+        return (
+            [layers._constraints.place(first, "hidden")],
+            [layers._constraints.mark(found, spec) for found, spec in zip(others, specs, strict=True)],
+        )
+
+    def _leaves(self, rows: Sequence[torch.Tensor], one: torch.Tensor) -> Tensors:
+        gathered = self._layers.gathered(rows, one)
+        return [
+            weight.detach().requires_grad_(trained) for weight, trained in zip(gathered, self._trained, strict=True)
+        ]
+
+    def _choose(self, saved: SavedTensors, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> None:
+        """Find out on a copy of the layer what backward needs of what depends on the layer's input."""
+        if saved.chosen:
+            return
+        inputs = [placeholder(hidden.shape, hidden.dtype)]
+        inputs += [placeholder(weight.shape[1:], weight.dtype) for weight in weights]
+        inputs += [placeholder(tensor.shape, tensor.dtype) for tensor in constants]
+        with torch.no_grad():
+            source, *others = [tensor * 1 for tensor in inputs]
+            same = others[len(weights) :]
+            leaves = self._leaves(others[: len(weights)], same[-1])
+        source.requires_grad_()
+        with torch.set_grad_enabled(True):
+            saved.choose(lambda: self._layers.run(source, leaves, self._rebuild(same)), inputs)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: _Program, hidden: torch.Tensor, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+        weights, constants = list(tensors[:count]), list(tensors[count:])
+        output, kept = program.forward(hidden, weights, constants)
+        ctx.program, ctx.count, ctx.kept = program, count, len(kept)
+        ctx.save_for_backward(*kept, *tensors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        kept, weights = saved[: ctx.kept], saved[ctx.kept : ctx.kept + ctx.count]
+        constants = saved[ctx.kept + ctx.count :]
+        first, found = ctx.program.backward(gradients[0], kept, weights, constants)
+        return None, first, None, *found, *(None for _ in constants)
+
+
+def _plain(name: str) -> str:
+    """A parameter's own name may not have dots."""
+    return name.replace(".", "/")
+
+
+def _tensors_of(
+    arguments: Mapping[str, Any],
+) -> tuple[Tensors, Callable[[Sequence[torch.Tensor]], dict[str, Any]]]:
+    """The tensors among ``arguments``, alone or in tuples, and the way to put others in their places."""
+    found: Tensors = []
+    shape: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            shape[name] = len(found)
+            found.append(value)
+        elif isinstance(value, tuple):
+            shape[name] = tuple(range(len(found), len(found) + len(value)))
+            found += value
+    plain = {name: value for name, value in arguments.items() if name not in shape}
+
+    def rebuild(tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        placed = {
+            name: tuple(tensors[number] for number in place) if isinstance(place, tuple) else tensors[place]
+            for name, place in shape.items()
+        }
+        return {**plain, **placed}
+
+    return found, rebuild

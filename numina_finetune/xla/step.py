@@ -1,0 +1,44 @@
+"""The optimizer step as XLA traces it: the same function for training and for planning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
+from numina_finetune.train.step import optimizer_step
+from numina_finetune.xla.optimizer import guarded_update
+from numina_finetune.xla.placement import Placed
+
+
+def train_step(
+    placed: Placed,
+    optimizer: torch.optim.AdamW,
+    batches: Sequence[DeviceBatch],
+    learning_rate: torch.Tensor,
+    *,
+    max_grad_norm: float,
+) -> DeviceMetrics:
+    """Forward, backward and update, traced and not run.
+
+    Every tensor may be one without a value. ``placed.parameters`` and the optimizer's state hold the new values
+    afterwards.
+
+    Args:
+        optimizer: of :func:`numina_finetune.xla.optimizer.make_adamw`.
+        batches: one for each micro-batch, int32 ``[batch, seq]`` tensors over all devices.
+        learning_rate: fp32 scalar.
+    """
+    return optimizer_step(
+        placed.module,
+        list(placed.parameters.values()),
+        batches,
+        max_grad_norm=max_grad_norm,
+        update=lambda applied: guarded_update(optimizer, learning_rate, applied),
+        reduce=lambda value: value,
+        gradient_scale=1.0,
+        accumulating=nullcontext,
+        foreach=False,
+    )

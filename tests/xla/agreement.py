@@ -1,0 +1,151 @@
+"""The step's loss and gradients on XLA beside plain transformers', in a process of its own.
+
+``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots`` or ``unrolled,full``. Prints
+one JSON object: by case the relative difference of the loss, the largest relative L2 difference of a gradient tensor,
+and how many matrix products the program of the gradients has. The logits are cut small, into several chunks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers.models.qwen3 import modeling_qwen3
+
+from numina_finetune.mesh import MeshShape, parse_mesh
+from numina_finetune.models import precision
+from numina_finetune.models.attention import SEGMENT_ATTENTION
+from numina_finetune.xla import loss as loss_module
+from numina_finetune.xla.placement import RuntimeTensors, StepOptions, place_model
+from numina_finetune.xla.runtime import BATCH_SPEC, build_mesh, start_spmd
+from numina_finetune.xla.splash import SPLASH_ATTENTION, SplashAttention
+
+ROWS, LENGTH, WINDOW = 8, 128, 9
+SEGMENTS = (0, 50, 113, 120)
+"""Where packed sequences begin; the last part is padding."""
+Batch = dict[str, torch.Tensor]
+
+
+def tiny(layers: int, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+    )
+    config.use_cache = False
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION)
+
+
+def packed_rows() -> Batch:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 320, (ROWS, LENGTH))
+    labels = np.concatenate([ids[:, 1:], np.full((ROWS, 1), -100)], axis=1)
+    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+    for number, (start, end) in enumerate(zip(SEGMENTS, (*SEGMENTS[1:], LENGTH), strict=True)):
+        segments[:, start:end] = number + 1
+        positions[:, start:end] = np.arange(end - start)
+        labels[:, end - 1] = -100
+    segments[:, SEGMENTS[-1] :] = 0
+    labels[:, SEGMENTS[-1] :] = -100
+    labels[2] = -100
+    named = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": positions}
+    return {name: torch.from_numpy(array.astype(np.int32)) for name, array in named.items()}
+
+
+def reference(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients by transformers' own attention, each packed sequence as a row of its own."""
+    model.set_attn_implementation("sdpa")
+    total = torch.zeros((), dtype=model.dtype)
+    for start, end in itertools.pairwise(SEGMENTS):
+        ids, labels = batch["input_ids"][:, start:end].long(), batch["labels"][:, start:end].long()
+        logits = model(input_ids=ids).logits
+        total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.autograd.backward(total)
+    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ours(
+    model: PreTrainedModel, batch: Batch, options: StepOptions, mesh: xs.Mesh, shape: MeshShape, interpret: bool
+) -> tuple[float, dict[str, torch.Tensor], int]:
+    placed = place_model(model, options, mesh, shape, RuntimeTensors(mesh, torch_xla.device()))
+    if interpret:
+        AttentionInterface.register(SPLASH_ATTENTION, SplashAttention(placed.constraints, interpret=True))
+        model.config._attn_implementation = SPLASH_ATTENTION
+    rows = {name: tensor.to(torch_xla.device()) for name, tensor in batch.items()}
+    for tensor in rows.values():
+        xs.mark_sharding(tensor, mesh, BATCH_SPEC)
+    loss = placed.module.train()(**rows)
+    torch.autograd.backward(loss)
+    found = {name: p.grad for name, p in placed.parameters.items() if p.grad is not None}
+    program = torch_xla._XLAC._get_xla_tensors_hlo([loss, *found.values()])
+    torch_xla.sync()
+    gradients = {}
+    for name, gradient in found.items():
+        members = placed.stacking.members(name) if placed.stacking else [name]
+        on_host = gradient.cpu()
+        gradients |= dict(zip(members, on_host if len(members) > 1 else [on_host], strict=True))
+    return loss.detach().item(), gradients, program.count(" dot(")
+
+
+def keep_double() -> None:
+    """transformers computes norms and positions in fp32, whatever the model's type: both sides here do not."""
+
+    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (hidden * scale)
+
+    def rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
+        both = torch.cat([angles, angles], dim=-1)
+        return both.cos(), both.sin()
+
+    modeling_qwen3.Qwen3RMSNorm.forward = norm
+    modeling_qwen3.Qwen3RotaryEmbedding.forward = rotary
+
+
+def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[str, Any]:
+    mesh, shape = build_mesh(mesh_text, start_spmd())
+    assert shape == parse_mesh(mesh_text, int(xr.global_runtime_device_count()))
+    dtype = torch.float64 if dtype_name == "fp64" else torch.float32
+    precision.COMPUTE_DTYPES[dtype_name] = dtype
+    loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (ROWS * LENGTH * 320 // 24,)  # type: ignore[misc]
+    if dtype_name == "fp64":
+        keep_double()
+    batch, results = packed_rows(), {}
+    for case in cases:
+        form, remat, *more = case.split(",")
+        layers, tied = int(next((m for m in more if m.isdecimal()), "4")), "untied" not in more
+        loss, gradients = reference(tiny(layers, dtype, tied), batch)
+        chunks = next((m for m in more if m in ("sequence", "vocabulary")), "auto")
+        options = StepOptions(dtype_name, form == "scan", remat, "torch", chunks)
+        model = tiny(layers, dtype, tied)
+        our_loss, our_gradients, products = ours(model, batch, options, mesh, shape, attention == "splash")
+        assert our_gradients.keys() == gradients.keys()
+        differences = [
+            ((our_gradients[name] - gradient).norm() / gradient.norm()).item() for name, gradient in gradients.items()
+        ]
+        results[case] = [abs(our_loss / loss - 1), max(differences), products]
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

@@ -1,0 +1,60 @@
+"""However the step is built, its loss and gradients are plain transformers', packed sequences included."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+LOSS = {"fp64": 1e-9, "fp32": 5e-6}
+GRADIENT = {"fp64": 1e-9, "fp32": 1e-5}
+
+
+def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) -> dict[str, tuple[float, float, int]]:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.xla.agreement", dtype, mesh, attention, *cases],
+        env=environment(devices=devices, JAX_PLATFORMS="cpu"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("devices", "dtype", "mesh", "cases"),
+    [
+        (4, "fp64", "fsdp=2,tensor=2", ["scan,none,vocabulary", "scan,dots", "scan,full,untied"]),
+        (4, "fp32", "data=2,fsdp=2", ["scan,full,untied", "unrolled,full,vocabulary"]),
+        (1, "fp32", "fsdp=1", ["scan,dots", "unrolled,none"]),
+    ],
+)
+def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, mesh: str, cases: list[str]) -> None:
+    for case, (loss, gradient, _) in agreement(devices, dtype, mesh, "torch", *cases).items():
+        assert loss < LOSS[dtype], case
+        assert gradient < GRADIENT[dtype], case
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernel is JAX's, which is not installed")
+def test_the_splash_kernel_gives_the_same_loss_and_gradients() -> None:
+    for case, (loss, gradient, _) in agreement(
+        4, "fp32", "fsdp=2,tensor=2", "splash", "scan,full", "scan,dots"
+    ).items():
+        assert loss < LOSS["fp32"], case
+        assert gradient < GRADIENT["fp32"], case
+
+
+def test_the_program_of_a_scanned_model_does_not_grow_with_its_layers() -> None:
+    products = {case: counts[2] for case, counts in agreement(1, "fp32", "fsdp=1", "torch", *DEPTHS).items()}
+    assert len(set(products.values())) == 1, products
+
+
+DEPTHS = ("scan,full,4", "scan,full,8")

@@ -1,0 +1,49 @@
+"""One compiled program does all steps, and between log lines nothing leaves the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, environment, train
+
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+CLEAN = "training-graph compilations: 1; host reads between log lines: 0; operators outside XLA: 0"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_steps_are_one_program(tmp_path: Path, recipe: Path) -> None:
+    """With the recipe's own options, on a model, data and a batch that a test can take."""
+    theirs = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    evaluation = (
+        ("--eval-dataset-name", "synthetic-gsm8k[test]")
+        if "eval_dataset_name" in theirs
+        else ("--validation-size", "8")
+    )
+    run = train(
+        tmp_path / "out",
+        *("--config", str(recipe), "--precision", theirs["precision"], *evaluation),
+        *("--global-batch-size", "8", "--max-steps", "5", "--eval-steps", "3", "--logging-steps", "2"),
+        env=environment(devices=4),
+    )
+    assert run.code == 0, run.output
+    assert CLEAN in run.output
+    assert len([record for record in run.metrics if "eval_loss" in record]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--remat", "none", "--loss-chunks", "vocabulary"),
+        ("--remat", "dots", "--mesh", "data=2,tensor=2", "--precision", "bf16"),
+        ("--no-scan-layers", "--remat", "none"),
+    ],
+    ids=" ".join,
+)
+def test_every_form_of_the_step_is_one_program(tmp_path: Path, options: tuple[str, ...]) -> None:
+    steps = ("--max-steps", "4", "--logging-steps", "4", "--save-steps", "0", "--global-batch-size", "4")
+    run = train(tmp_path / "out", *steps, *options, env=environment(devices=4))
+    assert run.code == 0, run.output
+    assert CLEAN in run.output
