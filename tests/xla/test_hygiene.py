@@ -36,9 +36,9 @@ def test_a_recipes_steps_are_one_program(tmp_path: Path, recipe: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--remat", "none", "--loss-chunks", "vocabulary"),
         ("--remat", "dots", "--mesh", "data=2,tensor=2", "--precision", "bf16"),
-        ("--no-scan-layers", "--remat", "none"),
+        pytest.param(("--remat", "none", "--loss-chunks", "vocabulary"), marks=pytest.mark.slow),
+        pytest.param(("--no-scan-layers", "--remat", "none"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
