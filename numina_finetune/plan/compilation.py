@@ -277,6 +277,12 @@ def _refusal(traced: Traced, result: Mapping[str, Any], tpu: Slice) -> TooLarge:
 
 def parse_out_of_memory(message: str) -> tuple[int, int, list[Allocation]] | None:
     """Bytes used, the limit and the largest allocations of the compiler's refusal; None where it is another one."""
+    single = re.search(
+        r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?shape = '(\w+\[[0-9,]*\])", message
+    )
+    if single is not None:  # one array alone is too large: the compiler stops at it
+        allocation = Allocation(int(single[1]), "", single[3], "", "?")
+        return int(single[1]), int(single[2]), [allocation]
     head = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     if head is None:
         return None

@@ -107,6 +107,16 @@ def test_a_refusal_tells_use_limit_and_largest_allocations() -> None:
     assert (largest[1].shape, largest[1].operation) == ("f32[8,16,1024,1024]", "fusion.7")
 
 
+def test_a_single_array_beyond_all_memory_is_a_lack_of_memory_too() -> None:
+    found = parse_out_of_memory(
+        "RESOURCE_EXHAUSTED: Allocation (size=34359738368) would exceed memory (size=17179869184) :: "
+        "#allocation312 [shape = 'bf16[134217728,24]{1,0:T(8,128)(2,1)}', space=hbm, tag = 'output of fusion@{}']"
+    )
+    assert found is not None
+    used, limit, (largest,) = found
+    assert (used, limit, largest.shape) == (2**35, 2**34, "bf16[134217728,24]")
+
+
 def test_another_refusal_is_no_lack_of_memory() -> None:
     assert parse_out_of_memory("INTERNAL: Mosaic failed to compile TPU kernel") is None
 
