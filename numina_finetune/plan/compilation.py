@@ -272,7 +272,8 @@ def _refusal(traced: Traced, result: Mapping[str, Any], tpu: Slice) -> TooLarge:
         raise ConfigError(
             f"plan needs jax and libtpu ({message}): install them with `pip install 'numina_finetune[plan]'`"
         )
-    raise CompilationFailed(f"the compiler refused {tpu.topology}, {traced.candidate}: {message[:4000]}")
+    what = f"{result['kind']}: {message[:4000]}"
+    raise CompilationFailed(f"the compilation for {tpu.topology} failed, {traced.candidate}: {what}")
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int, list[Allocation]] | None:
