@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig
-from numina_finetune.data.sources import preflight
+from numina_finetune.data.sources import preflight, resolve_source, source_kind
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.plan.compilation import Candidate, Compiler, Fitted, Outcome, TpuCompiler, missing_packages
@@ -21,7 +22,7 @@ from numina_finetune.plan.geometry import geometry_of
 from numina_finetune.plan.report import Plan, as_json, lines
 from numina_finetune.plan.roofline import bound_of
 from numina_finetune.plan.search import MOST_COMPILATIONS, Findings, Search
-from numina_finetune.plan.training import Training, dataset_rows, region_faults, training_of
+from numina_finetune.plan.training import Training, dataset_rows, hub_answers, region_faults, training_of
 from numina_finetune.spot.prices import Prices, load_prices
 from numina_finetune.tpu import Slice, parse_tpu
 from numina_finetune.train.batch import plan_batch
@@ -48,6 +49,10 @@ def run_plan(config: RunConfig, request: Request, faults: Sequence[str] = ()) ->
     Raises:
         ConfigError: every fault that can be seen before the step is traced.
     """
+    on_hub = any(source_kind(resolve_source(source).name) == "hub" for source in config.datasets)
+    if on_hub and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
+        # Read when the hub's libraries are imported, later: they would ask again and again, for a minute.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     tpu, mesh, geometry, prices = _checked(config, request, faults)
     candidate = _as_run(Candidate(config, mesh))
     budget = MOST_COMPILATIONS if request.max_compilations is None else request.max_compilations
@@ -166,8 +171,9 @@ def _training(
         return None
     try:
         rows = dataset_rows(config)
-    except OSError as error:
-        notes.append(f"hours and price are left out, for the dataset cannot be read here: {error}")
+    except (OSError, ValueError, UserError) as error:  # what was compiled is told all the same
+        reason = str(error).strip().partition("\n")[0]
+        notes.append(f"hours and price are left out, for the dataset cannot be read here: {reason}")
         return None
     rows_a_step = candidate.tokens // config.max_seq_length
     return training_of(config, rows, rows_a_step, bound_of(fitted, tpu), tpu, candidate.mesh.devices, prices, region)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +13,9 @@ from numina_finetune.plan.roofline import Bound
 from numina_finetune.spot.prices import Prices
 from numina_finetune.tpu import Slice
 from numina_finetune.train.batch import plan_steps
+
+_PATIENCE = 5.0
+"""Seconds that the hub has for its answer."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,24 @@ def region_faults(tpu: Slice, prices: Prices, region: str | None) -> list[str]:
     ]
 
 
+def hub_answers() -> bool:
+    """Whether the hub can be reached at all, asked once."""
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_PATIENCE).close()
+    except urllib.error.HTTPError:  # an answer as well
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def dataset_rows(config: RunConfig) -> int:
     """Rows that the run takes from its datasets; tokenises them, or finds them in the cache.
 
     Raises:
         UserError: the datasets cannot be trained on.
-        OSError: they cannot be read here and now.
+        OSError, ValueError: they cannot be read here and now.
     """
     from numina_finetune.data.dataset import build_index
     from numina_finetune.data.loader import Loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from numina_finetune import cli
+from numina_finetune.config import RunConfig
 from numina_finetune.plan import command
 from numina_finetune.plan.compilation import Candidate, Fitted, Outcome, TooLarge
 from numina_finetune.plan.costs import Costs
@@ -141,6 +143,23 @@ def test_a_dataset_gives_hours_and_a_price(asked: Any, tmp_path: Path) -> None:
     assert training["rows"] > 0 and training["steps"] == -(-training["rows"] // 8)
     assert training["region"] == "us-west4" and str(prices) in training["price_source"]
     assert training["dollars"] == pytest.approx(training["hours"] * 8 * 2.0)
+
+
+def test_a_hub_out_of_reach_costs_the_price_alone(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is asked once: the hub's libraries would go on asking for a minute."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # whatever is set is taken back after the test
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    asked_for = []
+
+    def unreadable(config: RunConfig) -> int:
+        asked_for.append(os.environ["HF_HUB_OFFLINE"])
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nand more")
+
+    monkeypatch.setattr(command, "dataset_rows", unreadable)
+    code, out, _ = asked("--dataset-name", "openai/gsm8k", "--format", "gsm8k", "--max-compilations", "1")
+    assert code == 0 and asked_for == ["1"]
+    assert out.endswith("cannot be read here: Couldn't reach 'openai/gsm8k' on the Hub\n")
 
 
 def test_progress_does_not_spoil_the_output(asked: Any) -> None:
