@@ -5,13 +5,15 @@ Two ways to cut the logits ``[tokens, vocabulary]``, of which neither ever holds
 - by **sequence**: each chunk's gradients are taken when its logits are at hand, so that nothing is computed twice. The
   head's weight is gathered once, and its gradient grows in a buffer of its size on every chip.
 - by **vocabulary**: the weight is gathered block by block, and a block's gradient leaves at once. First a pass for the
-  sums that softmax divides by, then one for the gradients, which makes the logits a second time.
+  sums that softmax divides by, then one back for the gradients, which makes the logits a second time, but for those of
+  the block at which it turns.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -181,17 +183,25 @@ class ByVocabulary(ChunkedCrossEntropy):
         self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
     ) -> tuple[torch.Tensor, Gradients | None]:
         blocks, numbers = self._blocks(hidden, master)
-        wide, turns = accumulation_dtype(hidden.dtype), blocks.shape[0]
+        wide, turns = accumulation_dtype(hidden.dtype), blocks.shape[0] - 1
+        others, last = [blocks[:turns], numbers[:turns]], [blocks[turns], numbers[turns]]
         zeros = self._constraints.place(torch.zeros(labels.shape, dtype=wide, device=hidden.device), "segments")
-        start = [zeros - torch.inf, zeros, zeros + 0.0]
-        (largest, total, picked), _ = self._sums(start, [blocks, numbers], [hidden, labels], turns=turns)
+        so_far = [zeros - torch.inf, zeros, zeros + 0.0]
+        if turns:
+            so_far, _ = self._sums(so_far, others, [hidden, labels], turns=turns)
+        # The last block of the sums is the first of the gradients: gathered once, its logits made once.
+        block = self._block(last, hidden, labels)
+        largest, total, picked = block.added(so_far)
         sums = largest + total.log()
         loss = torch.where(labels != NO_LOSS, sums - picked, 0.0).sum()
         if not wants_gradients:
             return loss, None
-        start = [self._constraints.place(torch.zeros_like(hidden, dtype=wide), "hidden")]
-        constants = [hidden, labels, sums]
-        (by_hidden,), (by_block,) = self._gradients(start, [blocks, numbers], constants, turns=turns)
+        nothing = torch.zeros_like(hidden, dtype=wide)
+        by_hidden, by_last = self._gradients_of(block, nothing, hidden, labels, sums)
+        by_block = by_last.unsqueeze(0)
+        if turns:
+            (by_hidden,), (by_others,) = self._gradients([by_hidden], others, [hidden, labels, sums], turns=turns)
+            by_block = torch.cat([by_others, by_block])
         by_weight = by_block.transpose(0, 1).reshape(master.shape)
         return loss, (by_hidden.to(hidden.dtype), self._constraints.mark(by_weight, self._spec))
 
@@ -204,7 +214,8 @@ class ByVocabulary(ChunkedCrossEntropy):
         if "tensor" not in self._spec:
             tensor = 1
         columns = master.shape[0] // tensor
-        largest = max(1, self._chunk_elements // (self._rows(hidden) * hidden.shape[1]))
+        # Half, because beside a block's logits lies its weight, in more than one layout.
+        largest = max(1, self._chunk_elements // 2 // (self._rows(hidden) * hidden.shape[1]))
         size = _divisor_of(columns, largest)
         small = self._constraints.mark(master.to(self._dtype), self._spec)
         blocks = small.reshape(tensor, columns // size, size, -1).transpose(0, 1)
@@ -213,31 +224,53 @@ class ByVocabulary(ChunkedCrossEntropy):
         return self._constraints.mark(blocks, (None, self._spec[0], None, self._spec[1])), numbers
 
     def _add_block(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
-        largest, total, picked = carry
-        logits, is_target, _ = self._block_logits(rows, constants)
-        now = torch.maximum(largest, logits.amax(-1))
-        total = total * (largest - now).exp() + (logits - now.unsqueeze(-1)).exp().sum(-1)
-        return [now, total, picked + torch.where(is_target, logits, 0.0).sum(-1)], []
+        return self._block(rows, *constants).added(carry), []
 
     def _block_gradients(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
-        (by_hidden,), (block, _), (hidden, labels, sums) = carry, rows, constants
-        logits, is_target, weight = self._block_logits(rows, constants)
-        probabilities = (logits - sums.unsqueeze(-1)).exp() - is_target.to(logits.dtype)
+        hidden, labels, sums = constants
+        by_hidden, by_block = self._gradients_of(self._block(rows, hidden, labels), carry[0], hidden, labels, sums)
+        return [by_hidden], [by_block]
+
+    def _gradients_of(
+        self, block: _Block, by_hidden: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor
+    ) -> Gradients:
+        """``by_hidden`` and the block's part of it, and the gradient of the block's weight, as the block lies."""
+        logits = block.logits
+        probabilities = (logits - sums.unsqueeze(-1)).exp() - block.is_target.to(logits.dtype)
         by_logits = torch.where((labels != NO_LOSS).unsqueeze(-1), probabilities, 0.0).to(hidden.dtype)
         by_logits = self._constraints.place(by_logits, "logits")
-        by_hidden = self._constraints.place(by_hidden + (by_logits @ weight).to(by_hidden.dtype), "hidden")
+        by_hidden = self._constraints.place(by_hidden + (by_logits @ block.weight).to(by_hidden.dtype), "hidden")
         by_block = self._constraints.mark(torch.einsum("bsv,bsh->vh", by_logits, hidden), self._spec)
         by_block = by_block.reshape(block.shape)
-        return [by_hidden], [self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))]
+        return by_hidden, self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))
 
-    def _block_logits(self, rows: Tensors, constants: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``[batch, seq, tensor · size]`` logits, which of them are targets, and the block's weight."""
+    def _block(self, rows: Tensors, hidden: torch.Tensor, labels: torch.Tensor) -> _Block:
         block, numbers = rows
         weight = block.reshape(-1, block.shape[-1])
         if "fsdp" in self._spec:
             weight = self._constraints.mark(weight, (self._spec[0], None))
-        logits = self._logits(self._constraints.place(constants[0], "hidden"), weight)
-        return logits, numbers == constants[1].unsqueeze(-1), weight
+        logits = self._logits(self._constraints.place(hidden, "hidden"), weight)
+        return _Block(block.shape, weight, logits, numbers == labels.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of the vocabulary."""
+
+    shape: torch.Size
+    """``[tensor, size, hidden]``, as its weight is split."""
+    weight: torch.Tensor
+    """Gathered, ``[tensor · size, hidden]``."""
+    logits: torch.Tensor
+    """``[batch, seq, tensor · size]``."""
+    is_target: torch.Tensor
+
+    def added(self, sums: Tensors) -> Tensors:
+        """Each token's largest logit so far, what softmax divides by (relative to it), and its target's logit."""
+        largest, total, picked = sums
+        now = torch.maximum(largest, self.logits.amax(-1))
+        total = total * (largest - now).exp() + (self.logits - now.unsqueeze(-1)).exp().sum(-1)
+        return [now, total, picked + torch.where(self.is_target, self.logits, 0.0).sum(-1)]
 
 
 class _Loss(torch.autograd.Function):

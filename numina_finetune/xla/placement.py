@@ -105,13 +105,21 @@ def parameter_shapes(model: nn.Module, stacking: Stacking | None) -> dict[str, t
 
 
 def parameter_specs(model: PreTrainedModel, shape: MeshShape, stacking: Stacking | None) -> dict[str, PartitionSpec]:
-    """Partition of each parameter as it is held, by name; rows of a stack lie as the layer's own weight would."""
+    """Partition of each parameter as it is held, by name; rows of a stack lie as the layer's own weight would.
+
+    Where one dimension is as good as another, all parameters of a shape are split alike. The compiler spreads a scalar
+    over all tensors of a shape at once, in one split, and would exchange what it has spread for those split otherwise:
+    a square model's query and output matrices (0.95 GB a chip and step for Qwen3-8B on 16 chips).
+    """
     specs: dict[str, PartitionSpec] = {}
+    alike: dict[tuple[int, ...], PartitionSpec] = {}
     for name, sizes in parameter_shapes(model, stacking).items():
         if stacking is not None and len(stacking.members(name)) > 1:
             specs[name] = (None, *partition_of(model.config.model_type, name, sizes[1:], shape))
         else:
             specs[name] = partition_of(model.config.model_type, name, sizes, shape)
+        if shape.tensor == 1 and set(specs[name]) <= {None, "fsdp", "tensor"}:
+            specs[name] = alike.setdefault(sizes, specs[name])
     return specs
 
 

@@ -2,7 +2,8 @@
 
 ``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots`` or ``unrolled,full``. Prints
 one JSON object: by case the relative difference of the loss, the largest relative L2 difference of a gradient tensor,
-and how many matrix products the program of the gradients has. The logits are cut small, into several chunks.
+and how many matrix products the program of the gradients has. The logits are cut small, into several chunks,
+but for a case of ``whole``.
 """
 
 from __future__ import annotations
@@ -127,7 +128,6 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
     assert shape == parse_mesh(mesh_text, int(xr.global_runtime_device_count()))
     dtype = torch.float64 if dtype_name == "fp64" else torch.float32
     precision.COMPUTE_DTYPES[dtype_name] = dtype
-    loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (ROWS * LENGTH * 320 // 24,)  # type: ignore[misc]
     if dtype_name == "fp64":
         keep_double()
     batch, results = packed_rows(), {}
@@ -135,6 +135,8 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
         form, remat, *more = case.split(",")
         layers, tied = int(next((m for m in more if m.isdecimal()), "4")), "untied" not in more
         loss, gradients = reference(tiny(layers, dtype, tied), batch)
+        elements = ROWS * LENGTH * 320 // 24 if "whole" not in more else ROWS * LENGTH * 320 * 2
+        loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (elements,)  # type: ignore[misc]
         chunks = next((m for m in more if m in ("sequence", "vocabulary")), "auto")
         options = StepOptions(dtype_name, form == "scan", remat, "torch", chunks)
         model = tiny(layers, dtype, tied)
