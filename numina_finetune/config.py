@@ -87,7 +87,7 @@ class RunConfig:
     """Everything a run needs to know, resolved and immutable."""
 
     # Model
-    model_name: str = option("", "Hub name, local folder, or built-in model (tiny-qwen3).", "Model")
+    model_name: str = option("", "Hub name, local folder, or built-in model (tiny-qwen3, tiny-gpt-oss).", "Model")
     model_revision: str | None = option(None, "Branch, tag or commit of the model.", "Model")
     tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer; the model's own if unset.", "Model")
     precision: str = option(

@@ -19,17 +19,18 @@ from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import BUILTIN, tiny_config
+from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.models.hub import from_hub, resolve_name
 from numina_finetune.models.precision import WEIGHT_DTYPES
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_ARCHITECTURES = ("qwen3", "llama")
+SUPPORTED_ARCHITECTURES = ("qwen3", "llama", "gpt_oss")
 """``model_type`` of the architectures whose layers, masks and sharding are known."""
 
 
 def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The model's configuration, prepared for training: no cache, our attention.
+    """The model's configuration, prepared for training: no cache, our experts.
 
     Raises:
         ConfigError: it does not exist, or the model cannot take this run's data; every such fault at once.
@@ -43,6 +44,8 @@ def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
     if faults:
         raise ConfigError(faults)
     model_config.use_cache = False
+    if model_config.model_type == "gpt_oss":
+        model_config._experts_implementation = STATIC_EXPERTS
     return model_config
 
 

@@ -21,6 +21,27 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "pure-bf16": torch.bfloat16, "fp32": to
 """Type of the exported weights: the one the model was trained to compute with."""
 
 
+_ROUTER = re.compile(r"\bmlp\.router\.\w+$")
+"""Parameters that choose the experts: in bf16, near-equal scores would choose by rounding."""
+
+
+def compute_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the parameter ``name`` is computed with in a model that computes in ``dtype``."""
+    return torch.promote_types(dtype, torch.float32) if _ROUTER.search(name) else dtype
+
+
+def widen_routers(model: nn.Module) -> None:
+    """Let routers take what comes to them in fp32 or more, as their weights are."""
+    for name, module in model.named_modules():
+        if _ROUTER.search(f"{name}.weight"):
+            module.register_forward_pre_hook(_widen)
+
+
+def _widen(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    (hidden,) = arguments
+    return (hidden.to(torch.promote_types(hidden.dtype, torch.float32)),)
+
+
 class CastTo(nn.Module):
     """Parametrization that presents a weight in the compute type."""
 
@@ -37,12 +58,13 @@ def apply_precision(model: nn.Module, precision: str) -> None:
 
     On the CPU, because registering a parametrization ends in ``Tensor.set_``, which freezes an XLA tensor.
     """
-    if precision != "bf16":
-        return
-    cast = CastTo(torch.bfloat16)
-    for module in list(model.modules()):
-        for name in [name for name, parameter in module.named_parameters(recurse=False)]:
-            parametrize.register_parametrization(module, name, cast, unsafe=True)
+    widen_routers(model)
+    dtype = COMPUTE_DTYPES[precision]
+    for prefix, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            presented = compute_dtype(f"{prefix}.{name}", dtype)
+            if presented != parameter.dtype:
+                parametrize.register_parametrization(module, name, CastTo(presented), unsafe=True)
 
 
 def canonical_name(name: str) -> str:

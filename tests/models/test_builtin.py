@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from numina_finetune.data.chat import render, render_prompt, resolve_family
 from numina_finetune.data.synthetic import generate_problems
@@ -83,15 +83,18 @@ def test_the_script_rebuilds_the_shipped_tokenizer(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name).read_text()) == json.loads((TINY_TOKENIZER / name).read_text()), name
 
 
-def test_the_tiny_model_fits_its_tokenizer_and_shards_over_four_devices(tokenizer: PreTrainedTokenizerBase) -> None:
-    config = tiny_config("tiny-qwen3", tokenizer)
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-gpt-oss"])
+def test_the_tiny_model_fits_its_tokenizer_and_shards_over_four_devices(
+    tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    config = tiny_config(name, tokenizer)
     assert config.vocab_size >= len(tokenizer) and config.vocab_size % 64 == 0
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     assert 1e6 <= model.num_parameters() <= 3e6
     assert all(size % 4 == 0 for parameter in model.parameters() for size in parameter.shape)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match="'tiny-llama' is no built-in model: use one of tiny-qwen3"):
+    with pytest.raises(ValueError, match="'tiny-llama' is no built-in model: use one of tiny-gpt-oss, tiny-qwen3"):
         tiny_config("tiny-llama", tokenizer)

@@ -8,17 +8,14 @@ but for a case of ``whole``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -29,16 +26,12 @@ from numina_finetune.xla import loss as loss_module
 from numina_finetune.xla.placement import RuntimeTensors, StepOptions, place_model
 from numina_finetune.xla.runtime import BATCH_SPEC, build_mesh, start_spmd
 from numina_finetune.xla.splash import SPLASH_ATTENTION, SplashAttention
-
-ROWS, LENGTH, WINDOW = 8, 128, 9
-SEGMENTS = (0, 50, 113, 120)
-"""Where packed sequences begin; the last part is padding."""
-Batch = dict[str, torch.Tensor]
+from tests.reference import LENGTH, ROWS, VOCABULARY, WINDOW, Batch, packed_rows, reference
 
 
 def tiny(layers: int, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
     config = Qwen3Config(
-        vocab_size=320,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
@@ -54,34 +47,6 @@ def tiny(layers: int, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
     config.use_cache = False
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION)
-
-
-def packed_rows() -> Batch:
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, 320, (ROWS, LENGTH))
-    labels = np.concatenate([ids[:, 1:], np.full((ROWS, 1), -100)], axis=1)
-    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
-    for number, (start, end) in enumerate(zip(SEGMENTS, (*SEGMENTS[1:], LENGTH), strict=True)):
-        segments[:, start:end] = number + 1
-        positions[:, start:end] = np.arange(end - start)
-        labels[:, end - 1] = -100
-    segments[:, SEGMENTS[-1] :] = 0
-    labels[:, SEGMENTS[-1] :] = -100
-    labels[2] = -100
-    named = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": positions}
-    return {name: torch.from_numpy(array.astype(np.int32)) for name, array in named.items()}
-
-
-def reference(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients by transformers' own attention, each packed sequence as a row of its own."""
-    model.set_attn_implementation("sdpa")
-    total = torch.zeros((), dtype=model.dtype)
-    for start, end in itertools.pairwise(SEGMENTS):
-        ids, labels = batch["input_ids"][:, start:end].long(), batch["labels"][:, start:end].long()
-        logits = model(input_ids=ids).logits
-        total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    torch.autograd.backward(total)
-    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def ours(
