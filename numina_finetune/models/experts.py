@@ -7,8 +7,9 @@ which is what a compiler or a test wants, and no token is ever dropped.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 STATIC_EXPERTS = "numina_static"
@@ -30,7 +31,7 @@ def routed_shares(router_indices: torch.Tensor, routing_weights: torch.Tensor, e
 
 
 def static_experts(
-    module: nn.Module, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts' results for each token, weighted and summed.
 
@@ -43,20 +44,16 @@ def static_experts(
     Returns:
         ``[tokens, hidden]`` in the hidden states' type.
     """
-    gate_up, gate_up_bias, down, down_bias = (
-        module.gate_up_proj,
-        module.gate_up_proj_bias,
-        module.down_proj,
-        module.down_proj_bias,
-    )
+    down, down_bias = module.down_proj, module.down_proj_bias
     experts = down.shape[0]
     shares = routed_shares(router_indices, routing_weights, experts)
-    opened = torch.bmm(hidden_states.expand(experts, -1, -1), gate_up) + gate_up_bias.unsqueeze(1)
-    gated = module._apply_gate(opened)  # type: ignore[operator]
+    opened = torch.bmm(hidden_states.expand(experts, -1, -1), module.gate_up_proj)
+    gated = module._apply_gate(opened + module.gate_up_proj_bias.unsqueeze(1))
     # Weighted before the second product, which then sums over experts as well: [experts, tokens, hidden] never exists.
     weighted = (gated * shares.T.unsqueeze(-1)).to(down.dtype)
     mixed = torch.einsum("eti,eih->th", weighted, down) + shares.to(down_bias.dtype) @ down_bias
-    return mixed.to(hidden_states.dtype)
+    result: torch.Tensor = mixed.to(hidden_states.dtype)
+    return result
 
 
 ExpertsInterface.register(STATIC_EXPERTS, static_experts)

@@ -21,7 +21,9 @@ from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import BUILTIN, tiny_config
 from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.models.hub import from_hub, resolve_name
+from numina_finetune.models.mxfp4 import is_mxfp4
 from numina_finetune.models.precision import WEIGHT_DTYPES
+from numina_finetune.models.stream import fill, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
     faults = _faults(config, model_config, tokenizer)
     if faults:
         raise ConfigError(faults)
+    if is_mxfp4(model_config):
+        del model_config.quantization_config  # the weights are trained and exported as what they stand for
     model_config.use_cache = False
     if model_config.model_type == "gpt_oss":
         model_config._experts_implementation = STATIC_EXPERTS
@@ -61,12 +65,15 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return _from_config(model_config, dtype)
-    if not weights:
+    files = find_weights(name, config.model_revision) if weights else {}
+    if files is not None:
         with no_init_weights():
-            model = _from_config(model_config, dtype)
+            model = _from_config(model_config, dtype).eval()
         model.tie_weights()  # left out along with the initialisation
+        if weights:
+            fill(model, files)
         return model
-    return from_hub(
+    return from_hub(  # weights in another format than safetensors
         AutoModelForCausalLM,
         name,
         "--model-name",
@@ -99,6 +106,8 @@ def _faults(config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTra
             f"--model-name {name} is a {model_config.model_type} model: "
             f"use one of the architectures {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
+    if getattr(model_config, "quantization_config", None) and not is_mxfp4(model_config):
+        faults.append(f"--model-name {name} has quantised weights: give the model they were made from")
     longest = getattr(model_config, "max_position_embeddings", None)
     if longest is not None and config.max_seq_length > longest:
         faults.append(f"--max-seq-length {config.max_seq_length} is more than {name} can take: use {longest} or less")
