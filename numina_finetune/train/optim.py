@@ -28,16 +28,21 @@ def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
     return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether the parameter is a matrix, or one for each expert; experts' biases have two dimensions and are none."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
 def parameter_groups(
     parameters: Mapping[str, torch.nn.Parameter], weight_decay: float, matrices: Container[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases (one dimension) do not.
+    """Matrices decay; norms and biases do not.
 
     Args:
         matrices: names of those that decay, where dimensions do not tell (a stack of norms has two).
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    decay = {name for name, p in trained.items() if (p.ndim >= 2 if matrices is None else name in matrices)}
+    decay = {name for name, p in trained.items() if (decays(name, p) if matrices is None else name in matrices)}
     return [
         {"params": [p for name, p in trained.items() if name in decay], "weight_decay": weight_decay},
         {"params": [p for name, p in trained.items() if name not in decay], "weight_decay": 0.0},

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
-from numina_finetune.models.precision import COMPUTE_DTYPES, canonical_name
+from numina_finetune.models.precision import COMPUTE_DTYPES, canonical_name, compute_dtype, widen_routers
 from numina_finetune.train.loss import CausalLoss
+from numina_finetune.train.optim import decays
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.loss import cross_entropy_for
 from numina_finetune.xla.remat import enable_gradient_checkpointing
@@ -141,9 +142,10 @@ def place_model(
     decayed = frozenset(
         stacking.stacked_name(name) if stacking else name
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2
+        if decays(name, parameter)
     )
     use_attention(model.config, options.attention, constraints)
+    widen_routers(model)
     decoder, head = model.base_model, model.get_output_embeddings()
     placed: dict[str, nn.Parameter] = {}
     if stacking is not None:
@@ -167,7 +169,7 @@ def place_model(
         if owner is not decoder.embed_tokens:
             # On the CPU, because registering a parametrization ends in Tensor.set_, which freezes an XLA tensor.
             spec = specs.get(name) or next(specs[known] for known, it in placed.items() if it is moved[parameter])
-            present_gathered(owner, leaf, spec, dtype, constraints)
+            present_gathered(owner, leaf, spec, compute_dtype(name, dtype), constraints)
             owner, leaf = owner.parametrizations[leaf], "original"  # type: ignore[union-attr,index,assignment]
         # Module.to() would break ties: an XLA tensor cannot be swapped into a CPU parameter in place.
         setattr(owner, leaf, moved[parameter])

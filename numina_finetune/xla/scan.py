@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from numina_finetune.models.precision import compute_dtype
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.loops import Loop, Tensors, placeholder
 from numina_finetune.xla.remat import SavedTensors, keep_products, keeping
@@ -91,8 +92,11 @@ class ScannedLayers(nn.Module):
                 live as long as the loop does (0.9 GB a chip for Qwen3-8B on 16 chips, libtpu 0.0.21); an optimization
                 barrier does not keep it from that.
         """
-        rows = [row if row.dtype == self._dtype else row * one for row in rows]
-        return [self._constraints.gathered(row, spec, self._dtype) for row, spec in zip(rows, self._specs, strict=True)]
+        found = []
+        for name, row, spec in zip(self._names, rows, self._specs, strict=True):
+            dtype = compute_dtype(name, self._dtype)
+            found.append(self._constraints.gathered(row if row.dtype == dtype else row * one, spec, dtype))
+        return found
 
 
 class _Program:

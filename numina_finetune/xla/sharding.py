@@ -26,9 +26,21 @@ _DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"norm\.weight$", (None,)),
 )
 
+_EXPERT_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # [experts, in, out]. Gate and up are neighbours, so that any even part of them is whole pairs.
+    (r"experts\.gate_up_proj$", ("expert", "fsdp", "tensor")),
+    (r"experts\.gate_up_proj_bias$", ("expert", "tensor")),
+    (r"experts\.down_proj$", ("expert", "tensor", "fsdp")),
+    (r"experts\.down_proj_bias$", ("expert", None)),
+    (r"mlp\.router\.weight$", (None, "fsdp")),
+    (r"mlp\.router\.bias$", (None,)),
+    (r"self_attn\.sinks$", ("tensor",)),
+)
+
 SHARDING_RULES: dict[str, tuple[tuple[str, PartitionSpec], ...]] = {
     "qwen3": _DECODER_RULES,
     "llama": _DECODER_RULES,
+    "gpt_oss": _EXPERT_RULES + _DECODER_RULES,
 }
 """By ``model_type``: (pattern of the parameter's name, partition); the first match counts."""
 

@@ -24,6 +24,7 @@ def test_schedules_have_the_values_of_transformers(name: str) -> None:
 
 
 def test_matrices_decay_and_norms_and_biases_do_not() -> None:
-    named = {"w": torch.nn.Parameter(torch.zeros(2, 2)), "b": torch.nn.Parameter(torch.zeros(2))}
+    shapes = {"w": (2, 2), "b": (2,), "experts.down_proj": (2, 2, 2), "experts.down_proj_bias": (2, 2)}
+    named = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     decays = {id(p): group["weight_decay"] for group in parameter_groups(named, 0.1) for p in group["params"]}
-    assert decays == {id(named["w"]): 0.1, id(named["b"]): 0.0}
+    assert decays == {id(named[name]): decay for name, decay in zip(shapes, (0.1, 0.0, 0.1, 0.0), strict=True)}

@@ -1,6 +1,7 @@
 """The step's loss and gradients on XLA beside plain transformers', in a process of its own.
 
-``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots`` or ``unrolled,full``. Prints
+``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots``, ``unrolled,full`` or
+``scan,full,8 experts`` (gpt-oss). Prints
 one JSON object: by case the relative difference of the loss, the largest relative L2 difference of a gradient tensor,
 and how many matrix products the program of the gradients has. The logits are cut small, into several chunks,
 but for a case of ``whole``.
@@ -22,14 +23,34 @@ from transformers.models.qwen3 import modeling_qwen3
 from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.models import precision
 from numina_finetune.models.attention import SEGMENT_ATTENTION
+from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.xla import loss as loss_module
 from numina_finetune.xla.placement import RuntimeTensors, StepOptions, place_model
 from numina_finetune.xla.runtime import BATCH_SPEC, build_mesh, start_spmd
 from numina_finetune.xla.splash import SPLASH_ATTENTION, SplashAttention
-from tests.reference import LENGTH, ROWS, VOCABULARY, WINDOW, Batch, packed_rows, reference
+from tests.reference import (
+    LENGTH,
+    ROWS,
+    VOCABULARY,
+    WINDOW,
+    Batch,
+    fill_randomly,
+    gpt_oss_config,
+    packed_rows,
+    reference,
+)
 
 
-def tiny(layers: int, dtype: torch.dtype, tied: bool) -> PreTrainedModel:
+def tiny(layers: int, dtype: torch.dtype, tied: bool, experts: int = 0) -> PreTrainedModel:
+    if experts:
+        sparse = AutoModelForCausalLM.from_config(
+            gpt_oss_config(experts, layers),
+            dtype=dtype,
+            attn_implementation=SEGMENT_ATTENTION,
+            experts_implementation=STATIC_EXPERTS,
+        )
+        fill_randomly(sparse)
+        return sparse
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -99,12 +120,13 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
     for case in cases:
         form, remat, *more = case.split(",")
         layers, tied = int(next((m for m in more if m.isdecimal()), "4")), "untied" not in more
-        loss, gradients = reference(tiny(layers, dtype, tied), batch)
-        elements = ROWS * LENGTH * 320 // 24 if "whole" not in more else ROWS * LENGTH * 320 * 2
+        experts = next((int(m.removesuffix(" experts")) for m in more if m.endswith(" experts")), 0)
+        loss, gradients = reference(tiny(layers, dtype, tied, experts), batch)
+        elements = ROWS * LENGTH * VOCABULARY // 24 if "whole" not in more else ROWS * LENGTH * VOCABULARY * 2
         loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (elements,)  # type: ignore[misc]
         chunks = next((m for m in more if m in ("sequence", "vocabulary")), "auto")
         options = StepOptions(dtype_name, form == "scan", remat, "torch", chunks)
-        model = tiny(layers, dtype, tied)
+        model = tiny(layers, dtype, tied, experts)
         our_loss, our_gradients, products = ours(model, batch, options, mesh, shape, attention == "splash")
         assert our_gradients.keys() == gradients.keys()
         differences = [

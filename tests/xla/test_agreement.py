@@ -43,6 +43,20 @@ def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, 
         assert gradient < GRADIENT[dtype], case
 
 
+@pytest.mark.parametrize(
+    ("devices", "mesh", "cases"),
+    [
+        (1, "fsdp=1", ["scan,full,8 experts", "unrolled,none,8 experts,2"]),
+        (4, "fsdp=2,expert=2", ["scan,full,32 experts", "scan,dots,8 experts"]),
+        (4, "fsdp=2,tensor=2", ["scan,none,8 experts", "unrolled,full,8 experts,2"]),
+    ],
+)
+def test_gpt_oss_has_the_loss_and_gradients_of_transformers(devices: int, mesh: str, cases: list[str]) -> None:
+    for case, (loss, gradient, _) in agreement(devices, "fp32", mesh, "torch", *cases).items():
+        assert loss < LOSS["fp32"], case
+        assert gradient < GRADIENT["fp32"], case
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernel is JAX's, which is not installed")
 def test_the_splash_kernel_gives_the_same_loss_and_gradients() -> None:
     for case, (loss, gradient, _) in agreement(
