@@ -33,6 +33,19 @@ def test_a_mesh_of_four_devices_follows_the_native_backend(folder: Path, native:
     assert "training-graph compilations: 1; host reads between log lines: 0" in run.output
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=1", "fsdp=2,expert=2"])
+def test_gpt_oss_follows_the_native_backend_with_one_compilation_and_no_host_read(folder: Path, mesh: str) -> None:
+    options = ("--model-name", "tiny-gpt-oss", "--global-batch-size", "4", "--logging-steps", "1", "--save-steps", "0")
+    options = (*options, "--max-steps", "6", "--per-device-train-batch-size", "2")
+    devices = 1 if mesh == "fsdp=1" else 4
+    run = train(folder / f"gpt-oss-{devices}", *options, "--mesh", mesh, env=environment(devices=devices))
+    assert run.code == 0, run.output
+    assert "training-graph compilations: 1; host reads between log lines: 0; operators outside XLA: 0" in run.output
+    native = train(folder / f"gpt-oss-native-{devices}", *options, env=environment())
+    assert run.losses == pytest.approx(native.losses, rel=1e-3)
+    assert native.losses[-1] < native.losses[0] - 0.5
+
+
 def test_two_gloo_processes_equal_one(folder: Path, native: Run) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     training = command(folder / "gloo", *RUN, "--backend", "native", "--per-device-train-batch-size", "2")
