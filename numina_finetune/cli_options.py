@@ -11,6 +11,7 @@ import typer
 
 from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
 from numina_finetune.errors import ConfigError
+from numina_finetune.model_defaults import with_model_defaults
 
 _SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
     "dataset_name": ("name", str, "Hub name, folder, .jsonl/.parquet file or synthetic-gsm8k; name[split] works."),
@@ -62,6 +63,8 @@ def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[st
     sources = _sources(source_options, faults)
     if sources:
         mapping["datasets"] = sources
+    if yaml_path is None:  # a file says all of it
+        mapping = with_model_defaults(mapping)
     try:
         return RunConfig.from_mapping(mapping, yaml_path or "the command line")
     except ConfigError as error:

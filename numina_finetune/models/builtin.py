@@ -21,6 +21,9 @@ VOCABULARY_MULTIPLE = 64
 """The embedding has a multiple of this many rows, so that every mesh can shard it."""
 
 
+_CALL = "<|call|>"
+
+
 def tiny_config(name: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of a built-in model for ``tokenizer``; every sharded dimension is divisible by 4.
 
@@ -39,6 +42,9 @@ def tiny_config(name: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConf
         "bos_token_id": None,
     }
     if name == "tiny-gpt-oss":
+        call = tokenizer.get_vocab().get(_CALL)
+        if call is not None:  # in Harmony a turn may end in a call as well
+            common["eos_token_id"] = [tokenizer.eos_token_id, call]
         return GptOssConfig(
             **common,
             num_hidden_layers=4,  # two pairs, so that there is something to loop over
