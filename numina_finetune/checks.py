@@ -11,6 +11,7 @@ from numina_finetune.config import (
     ATTENTION,
     BACKENDS,
     CHAT_FAMILIES,
+    EXPERTS,
     FORMATS,
     GSM8K_STYLES,
     LOSS_CHUNKS,
@@ -57,6 +58,7 @@ def _not_among(config: RunConfig) -> list[str]:
         "precision": PRECISIONS,
         "remat": REMAT,
         "attention": ATTENTION,
+        "experts": EXPERTS,
         "loss_chunks": LOSS_CHUNKS,
         "lr_scheduler_type": SCHEDULES,
         "backend": BACKENDS,
@@ -113,6 +115,8 @@ def _out_of_range(config: RunConfig) -> list[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             faults.append(f"{flag(name)} {getattr(config, name)} is out of range: use 0 up to, but not, 1")
+    if not 0 < config.expert_capacity < math.inf:
+        faults.append(f"--expert-capacity {config.expert_capacity} is out of range: use more than 0, such as 1.25")
     if not config.adam_epsilon > 0:
         faults.append(f"--adam-epsilon {config.adam_epsilon} is too small: use more than 0, such as 1e-8")
     if config.max_steps < 1 and config.max_steps != -1:

@@ -22,6 +22,7 @@ from numina_finetune.errors import ConfigError
 FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "numina_tir", "messages")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "splash", "torch")
+EXPERTS = ("auto", "dropless", "capacity", "dense")
 LOSS_CHUNKS = ("auto", "sequence", "vocabulary")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -33,7 +34,9 @@ OVERLONG = ("drop", "truncate", "split-error")
 CHAT_FAMILIES = ("auto", "qwen3", "harmony", "template")
 REASONING_EFFORTS = ("low", "medium", "high")
 MESH_AXES = ("dcn", "data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("dcn", "data", "fsdp")
+SHARD_AXES = ("fsdp", "expert")
+"""The mesh axes over which weights are split; those of experts by expert over ``expert``, by row over ``fsdp``."""
+BATCH_AXES = ("dcn", "data", *SHARD_AXES)
 """The mesh axes over which the rows of a batch are split; their product is the data-parallel size."""
 
 ALIASES = {
@@ -178,6 +181,16 @@ class RunConfig:
         "auto, splash (JAX's kernel for TPUs) or torch; auto takes splash where it can.",
         "Devices",
         identity=False,
+    )
+    experts: str = option(
+        "auto",
+        "XLA, models with experts: dropless (each token to all its experts, by a kernel for TPUs), capacity (a fixed "
+        "number of rows for each expert, what is over is dropped and counted), dense (every expert sees every token) "
+        "or auto, which is dropless on TPUs.",
+        "Devices",
+    )
+    expert_capacity: float = option(
+        1.25, "--experts capacity: rows that an expert takes from a device, over the mean.", "Devices"
     )
     loss_chunks: str = option(
         "auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from numina_finetune.config import BATCH_AXES, MESH_AXES
+from numina_finetune.config import BATCH_AXES, MESH_AXES, SHARD_AXES
 from numina_finetune.errors import ConfigError
 
 
@@ -36,6 +36,11 @@ class MeshShape:
     def data_parallel_size(self) -> int:
         """Replicas that take different rows of a batch."""
         return math.prod(getattr(self, axis) for axis in BATCH_AXES)
+
+    @property
+    def shards(self) -> int:
+        """Parts of a weight whose rows lie over all the axes that split weights."""
+        return math.prod(getattr(self, axis) for axis in SHARD_AXES)
 
     def __str__(self) -> str:
         named = [f"{axis}={size}" for axis, size in zip(MESH_AXES, self.sizes, strict=True) if size > 1]

@@ -17,6 +17,7 @@ from numina_finetune.config import RunConfig
 from numina_finetune.data.sources import preflight, resolve_source, source_kind
 from numina_finetune.errors import ConfigError, ExitCode, UserError
 from numina_finetune.mesh import MeshShape, parse_mesh
+from numina_finetune.model_defaults import default_mesh
 from numina_finetune.plan.compilation import Candidate, Compiler, Fitted, Outcome, TpuCompiler, missing_packages
 from numina_finetune.plan.geometry import geometry_of
 from numina_finetune.plan.report import Plan, as_json, lines
@@ -94,7 +95,7 @@ def _checked(
     if config.datasets:
         faults += preflight(config.datasets, config)
     tpu = _collect(faults, lambda: parse_tpu(request.tpu)) if request.tpu else None
-    mesh = _collect(faults, lambda: _mesh(config.mesh, tpu)) if tpu else None
+    mesh = _collect(faults, lambda: _mesh(config.mesh, config.model_name, tpu)) if tpu else None
     geometry = _collect(faults, lambda: geometry_of(config)) if config.model_name else None
     prices = _collect(faults, lambda: load_prices(request.prices))
     if tpu and prices:
@@ -117,10 +118,11 @@ def _collect(faults: list[str], attempt: Callable[[], Any]) -> Any:
         return None
 
 
-def _mesh(text: str | None, tpu: Slice) -> MeshShape:
+def _mesh(text: str | None, model: str, tpu: Slice) -> MeshShape:
     """The mesh over all slices; ``dcn=2`` asks for two of them."""
     named = re.search(r"\bdcn\s*=\s*([1-9][0-9]*)", text or "")
-    return parse_mesh(text, tpu.chips * (int(named[1]) if named else 1))
+    devices = tpu.chips * (int(named[1]) if named else 1)
+    return parse_mesh(text or default_mesh(model, devices), devices)
 
 
 def _tensor_faults(config: RunConfig, mesh: MeshShape, geometry: dict[str, Any]) -> list[str]:

@@ -23,6 +23,8 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 _SAME_VALUE = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
+AS_NEEDED = "numina_as_needed"
+"""In the name of a loop over what unbalanced routing sends too much; see `numina_finetune.xla.expert_kernel`."""
 _UNREAL_CYCLES = 1e15
 """What the compiler writes where it has no estimate."""
 
@@ -70,6 +72,9 @@ class _Walk:
             if one.opcode == "while":
                 body = one.called("body")
                 turns = trip_count(one, computation, self._program)
+                if turns is None and AS_NEEDED in one.attributes:
+                    self.costs.warnings.append(f"{one.module}: as with balanced routing, in which its loop never turns")
+                    continue
                 if turns is None:
                     self.costs.warnings.append(
                         f"how often the loop {one.name} turns is not in the program: counted once"

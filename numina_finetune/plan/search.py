@@ -12,6 +12,8 @@ from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
 from numina_finetune.plan.compilation import Candidate, CompilationFailed, Compiler, Fitted, Outcome
 
+EXPERT_GROUPS = (8, 4, 16)
+"""Chips among which experts are divided, in the order in which they are tried."""
 MOST_COMPILATIONS = 8
 _FOR_THE_BATCH = 4
 """Compilations that the search for the batch may use, the requested one included."""
@@ -165,11 +167,16 @@ def other_remats(candidate: Candidate) -> Iterator[Candidate]:
 
 
 def other_meshes(candidate: Candidate, geometry: Mapping[str, Any]) -> Iterator[Candidate]:
-    """The same rows a chip on other meshes: all on fsdp, two replicas, or each layer's matrices in two parts."""
+    """The same rows a chip on other meshes: all on fsdp, two replicas, or each layer's matrices in two parts; where the
+    model has experts, larger and smaller groups of chips among which they are divided."""
     slices = candidate.mesh.dcn
     chips = candidate.mesh.devices // slices
+    experts = int(geometry.get("num_local_experts", 0))
     shapes = [MeshShape(dcn=slices, fsdp=chips)]
-    if chips % 2 == 0 and chips > 2:
+    if experts:
+        groups = (group for group in EXPERT_GROUPS if chips % group == 0 and experts % group == 0)
+        shapes += [MeshShape(dcn=slices, fsdp=chips // group, expert=group) for group in groups]
+    elif chips % 2 == 0 and chips > 2:
         shapes.append(MeshShape(dcn=slices, data=2, fsdp=chips // 2))
         if int(geometry.get("num_key_value_heads", 1)) % 2 == 0:
             shapes.append(MeshShape(dcn=slices, fsdp=chips // 2, tensor=2))

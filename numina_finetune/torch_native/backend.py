@@ -53,6 +53,8 @@ class NativeBackend:
             )
         if config.attention == "splash":
             raise ConfigError("--attention splash is a kernel for TPUs: use auto or torch with the native backend")
+        if config.experts not in ("auto", "dense"):
+            raise ConfigError(f"--experts {config.experts} is for XLA: use auto or dense with the native backend")
         self.process_index, self.process_count = state.process_index, state.num_processes
         self.mesh_shape = _data_mesh(config.mesh, self.process_count)
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1

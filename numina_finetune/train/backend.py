@@ -21,7 +21,8 @@ from numina_finetune.train.speed import Chips
 DeviceBatch = Mapping[str, torch.Tensor]
 """``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
 DeviceMetrics = torch.Tensor
-"""fp32 ``[5]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made."""
+"""fp32 ``[5 or 6]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made, and
+where experts take a limited number of tokens, the share of assignments that were dropped."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class StepMetrics:
     """Tokens that are not padding."""
     applied: bool
     """False where a non-finite loss or gradient made the device skip the update."""
+    dropped_share: float | None = None
+    """Of the assignments of tokens to experts; None where none can be dropped."""
 
 
 class Backend(Protocol):
@@ -93,8 +96,8 @@ class Backend(Protocol):
 
 
 def metrics_from_rows(rows: torch.Tensor) -> list[StepMetrics]:
-    """``[steps, 5]`` on the host to one record a step."""
+    """``[steps, 5 or 6]`` on the host to one record a step."""
     return [
-        StepMetrics(loss, norm, int(supervised), int(tokens), bool(applied))
-        for loss, norm, supervised, tokens, applied in rows.tolist()
+        StepMetrics(loss, norm, int(supervised), int(tokens), bool(applied), *dropped)
+        for loss, norm, supervised, tokens, applied, *dropped in rows.tolist()
     ]

@@ -120,11 +120,12 @@ class Report:
     def _show(self, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float]) -> None:
         rate, left = speed["tokens_per_second"], speed["seconds_per_step"] * (self._total - self._step)
         used = f"  mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
+        dropped = "" if metric.dropped_share is None else f"  dropped {metric.dropped_share:.2%}"
         self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
         if self._bar.disable:
             self._say(
                 f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
-                f"{rate:.0f} tokens/s{used}  {_clock(left)} left"
+                f"{rate:.0f} tokens/s{used}{dropped}  {_clock(left)} left"
             )
 
     def _say(self, line: str) -> None:
@@ -144,6 +145,7 @@ def _record(
         "grad_norm": metric.grad_norm,
         "supervised_tokens": metric.supervised,
         "tokens": metric.tokens,
+        **({} if metric.dropped_share is None else {"dropped_share": metric.dropped_share}),
         **speed,
         "applied": metric.applied,
         "life": life,

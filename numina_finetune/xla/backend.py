@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from numina_finetune.checkpoint.shards import Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
+from numina_finetune.model_defaults import default_mesh
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.optim import named_state
@@ -44,7 +45,7 @@ class XlaBackend:
 
     def __init__(self, config: RunConfig) -> None:
         devices = start_spmd()
-        self._mesh, self.mesh_shape = build_mesh(config.mesh, devices)
+        self._mesh, self.mesh_shape = build_mesh(config.mesh or default_mesh(config.model_name, devices), devices)
         self.process_index = int(xr.process_index())
         self.process_count = int(xr.process_count())
         if self.process_count > 1:

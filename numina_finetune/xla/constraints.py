@@ -11,11 +11,11 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 
-from numina_finetune.config import BATCH_AXES
+from numina_finetune.config import BATCH_AXES, SHARD_AXES
 from numina_finetune.mesh import MeshShape
-from numina_finetune.xla.sharding import PartitionSpec
+from numina_finetune.xla.sharding import PartitionSpec, whole
 
-REPLICA_AXES = tuple(axis for axis in BATCH_AXES if axis != "fsdp")
+REPLICA_AXES = tuple(axis for axis in BATCH_AXES if axis not in SHARD_AXES)
 
 ACTIVATIONS: dict[str, PartitionSpec] = {
     # [batch, seq, hidden], between layers
@@ -27,13 +27,15 @@ ACTIVATIONS: dict[str, PartitionSpec] = {
     "hidden chunks": (None, BATCH_AXES, None, None),
     # [replicas, vocabulary, hidden]: each replica's own part of the head's gradient, summed once at the end
     "head gradients": (BATCH_AXES, "tensor", None),
-    # the same, [replicas / fsdp, fsdp, vocabulary, hidden], before and after they are exchanged
-    "head parts": (REPLICA_AXES, "fsdp", "tensor", None),
-    "head columns": (REPLICA_AXES, None, "tensor", "fsdp"),
+    # the same, [replicas / shards, shards, vocabulary, hidden], before and after they are exchanged
+    "head parts": (REPLICA_AXES, SHARD_AXES, "tensor", None),
+    "head columns": (REPLICA_AXES, None, "tensor", SHARD_AXES),
     # The embedding is looked up where its columns lie, and the result exchanged: far less than the table itself, and
     # the gradient comes to be where the parameter is. [batch, seq] and [batch, seq, hidden].
     "looked up": (REPLICA_AXES, None),
-    "columns": (REPLICA_AXES, None, "fsdp"),
+    "columns": (REPLICA_AXES, None, SHARD_AXES),
+    # [batch · seq, …], what experts take and give
+    "tokens": (BATCH_AXES, None),
     # [batch, heads, seq, head_dim], [batch, seq] and [batch, heads, seq] in the attention kernel
     "heads": (BATCH_AXES, "tensor", None, None),
     "segments": (BATCH_AXES, None),
@@ -65,12 +67,18 @@ class Constraints:
         marked: torch.Tensor = _Place.apply(tensor, self, what)  # type: ignore[no-untyped-call]
         return marked
 
-    def gathered(self, weight: torch.Tensor, spec: PartitionSpec, dtype: torch.dtype) -> torch.Tensor:
-        """A weight of partition ``spec`` as the matrix product uses it: cast first, so that half the bytes travel."""
-        small = weight.to(dtype)
-        if self.shape.fsdp == 1 or "fsdp" not in spec:
+    def gathered(
+        self, weight: torch.Tensor, spec: PartitionSpec, dtype: torch.dtype, used: PartitionSpec | None = None
+    ) -> torch.Tensor:
+        """A weight of partition ``spec`` as the matrix product uses it: cast first, so that half the bytes travel.
+
+        Args:
+            used: its partition there; whole over the axes that split weights, if not given.
+        """
+        small, used = weight.to(dtype), whole(spec) if used is None else used
+        if self.shape.shards == 1 or used == spec:
             return small
-        return self.mark(self.mark(small, spec), tuple(None if axis == "fsdp" else axis for axis in spec))
+        return self.mark(self.mark(small, spec), used)
 
 
 class _Place(torch.autograd.Function):

@@ -16,6 +16,8 @@ import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb
 
+from numina_finetune.xla.tally import counting
+
 Tensors = list[torch.Tensor]
 Body = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 """``(carry, slices, constants) -> (new carry, outputs)``, all plain tensors; it must always do the same."""
@@ -102,7 +104,8 @@ class Loop:
         # (https://github.com/pytorch/xla/issues/8742); the result of an operation is marked in place. XLA drops "* 1".
         shown = [tensor if tensor.dtype == torch.bool else tensor * 1 for tensor in inputs]
         carried, given = len(carry), len(carry) + len(stacked)
-        new_carry, outputs = self._body(shown[:carried], shown[carried:given], shown[given:])
+        with counting():
+            new_carry, outputs = self._body(shown[:carried], shown[carried:given], shown[given:])
         shapes = [tuple(tensor.shape) for tensor in carry], [tuple(tensor.shape) for tensor in new_carry]
         assert shapes[0] == shapes[1], f"the carry changes from {shapes[0]} to {shapes[1]}"
         context = torch_xla._XLAC.lowering.LoweringContext("LoopBody")

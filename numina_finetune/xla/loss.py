@@ -116,8 +116,8 @@ class BySequence(ChunkedCrossEntropy):
         Each chip is sent the others' parts of its columns, in the compute type as all gradients are, and adds them up
         in fp32: the partitioner would make an all-reduce of the whole in fp32, four times the bytes.
         """
-        fsdp = self._constraints.shape.fsdp
-        parts = own.to(self._dtype).reshape(self._replicas // fsdp, fsdp, *own.shape[1:])
+        shards = self._constraints.shape.shards
+        parts = own.to(self._dtype).reshape(self._replicas // shards, shards, *own.shape[1:])
         parts = self._constraints.place(self._constraints.place(parts, "head parts"), "head columns")
         return self._constraints.mark(parts.to(own.dtype).sum(1).sum(0), self._spec)
 
@@ -247,7 +247,7 @@ class ByVocabulary(ChunkedCrossEntropy):
     def _block(self, rows: Tensors, hidden: torch.Tensor, labels: torch.Tensor) -> _Block:
         block, numbers = rows
         weight = block.reshape(-1, block.shape[-1])
-        if "fsdp" in self._spec:
+        if self._spec[1] is not None:
             weight = self._constraints.mark(weight, (self._spec[0], None))
         logits = self._logits(self._constraints.place(hidden, "hidden"), weight)
         return _Block(block.shape, weight, logits, numbers == labels.unsqueeze(-1))

@@ -35,9 +35,11 @@ def sharding_text(spec: PartitionSpec, mesh: MeshShape) -> str:
         tiles.append(math.prod(sizes[index][1] for index in rest))
         tail = " last_tile_dim_replicate"
     permutation = order + rest
-    dims = ",".join(str(size) for _, size in sizes)
-    turned = "" if permutation == sorted(permutation) else f"T({','.join(map(str, permutation))})"
-    return f"{{devices=[{','.join(map(str, tiles))}]<=[{dims}]{turned}{tail}}}"
+    if permutation == sorted(permutation):
+        numbers = f"[{math.prod(tiles)}]"
+    else:
+        numbers = f"[{','.join(str(size) for _, size in sizes)}]T({','.join(map(str, permutation))})"
+    return f"{{devices=[{','.join(map(str, tiles))}]<={numbers}{tail}}}"
 
 
 def stablehlo(

@@ -11,17 +11,18 @@ import torch_xla.distributed.spmd as xs
 from torch import nn
 from transformers import PreTrainedModel
 
-from numina_finetune.config import RunConfig
+from numina_finetune.config import SHARD_AXES, RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.precision import COMPUTE_DTYPES, canonical_name, compute_dtype, widen_routers
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import decays
 from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.experts import experts_for, use_experts
 from numina_finetune.xla.loss import cross_entropy_for
 from numina_finetune.xla.remat import enable_gradient_checkpointing
 from numina_finetune.xla.scan import ScannedLayers
-from numina_finetune.xla.sharding import PartitionSpec, partition_of
+from numina_finetune.xla.sharding import PartitionSpec, is_of_experts, partition_of, whole
 from numina_finetune.xla.splash import attention_for, use_attention
 from numina_finetune.xla.stacking import Stacking, stacking_of
 from numina_finetune.xla.weights import SplitEmbedding, master_of, present_gathered
@@ -65,6 +66,11 @@ class StepOptions:
     remat: str
     attention: str
     """``splash`` or ``torch``."""
+    experts: str = "dense"
+    """``dropless``, ``capacity`` or ``dense``."""
+    expert_capacity: float = 1.25
+    platform: str = "cpu"
+    """What JAX's functions are made for: ``tpu``, or ``cpu``, where kernels are interpreted."""
     loss_chunks: str = "auto"
     """See :func:`numina_finetune.xla.loss.cross_entropy_for`."""
 
@@ -77,7 +83,16 @@ def step_options(config: RunConfig, model: PreTrainedModel, shape: MeshShape, *,
     """
     wish, length = config.attention, config.max_seq_length
     attention = attention_for(wish, model.config, length, shape, device_type=device_type)
-    return StepOptions(config.precision, config.scan_layers, config.remat, attention, config.loss_chunks)
+    return StepOptions(
+        precision=config.precision,
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        attention=attention,
+        experts=experts_for(config.experts, model.config, device_type=device_type),
+        expert_capacity=config.expert_capacity,
+        platform="tpu" if device_type == "TPU" else "cpu",
+        loss_chunks=config.loss_chunks,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ def parameter_specs(model: PreTrainedModel, shape: MeshShape, stacking: Stacking
             specs[name] = (None, *partition_of(model.config.model_type, name, sizes[1:], shape))
         else:
             specs[name] = partition_of(model.config.model_type, name, sizes, shape)
-        if shape.tensor == 1 and set(specs[name]) <= {None, "fsdp", "tensor"}:
+        if shape.tensor == 1 and set(specs[name]) <= {None, SHARD_AXES, "tensor"}:
             specs[name] = alike.setdefault(sizes, specs[name])
     return specs
 
@@ -144,7 +159,8 @@ def place_model(
         for name, parameter in model.named_parameters()
         if decays(name, parameter)
     )
-    use_attention(model.config, options.attention, constraints)
+    use_attention(model.config, options.attention, constraints, options.platform)
+    use_experts(model.config, options.experts, options.expert_capacity, constraints, options.platform)
     widen_routers(model)
     decoder, head = model.base_model, model.get_output_embeddings()
     placed: dict[str, nn.Parameter] = {}
@@ -169,7 +185,8 @@ def place_model(
         if owner is not decoder.embed_tokens:
             # On the CPU, because registering a parametrization ends in Tensor.set_, which freezes an XLA tensor.
             spec = specs.get(name) or next(specs[known] for known, it in placed.items() if it is moved[parameter])
-            present_gathered(owner, leaf, spec, compute_dtype(name, dtype), constraints)
+            used = _used_as(name, spec, options)
+            present_gathered(owner, leaf, spec, used, compute_dtype(name, dtype), constraints)
             owner, leaf = owner.parametrizations[leaf], "original"  # type: ignore[union-attr,index,assignment]
         # Module.to() would break ties: an XLA tensor cannot be swapped into a CPU parameter in place.
         setattr(owner, leaf, moved[parameter])
@@ -186,6 +203,11 @@ def place_model(
     loss = cross_entropy_for(options.loss_chunks, head_spec, head_weight, dtype, constraints)
     module = CausalLoss(model, loss)
     return Placed(module, {name: placed[name] for name in specs}, specs, decayed, stacking, constraints)
+
+
+def _used_as(name: str, spec: PartitionSpec, options: StepOptions) -> PartitionSpec:
+    """The partition of a weight in its product: split experts' weights stay as they are, and are gathered there."""
+    return spec if options.experts != "dense" and is_of_experts(name) else whole(spec)
 
 
 def _scanned(
@@ -219,6 +241,7 @@ def _scanned(
         [layers[place] for place in range(stacking.period)],
         weights,
         own_specs,
+        {name: _used_as(name, spec, options) for name, spec in own_specs.items()},
         turns=stacking.turns,
         dtype=COMPUTE_DTYPES[options.precision],
         remat=options.remat,

@@ -47,11 +47,10 @@ def build_mesh(text: str | None, devices: int) -> tuple[xs.Mesh, MeshShape]:
     """
     shape = parse_mesh(text, devices)
     local = devices // int(xr.process_count())
-    inner = shape.expert * shape.tensor
-    if local % inner:
+    if local % shape.tensor:
         raise ConfigError(
-            f"--mesh {text!r}: expert x tensor = {inner} devices do not fit into a host's {local}: "
-            "make their product divide it, so that a host's rows stay its own"
+            f"--mesh {text!r}: tensor={shape.tensor} devices do not fit into a host's {local}: "
+            "make it divide them, so that a host's rows stay its own"
         )
     if shape.dcn > 1 and xr.device_type() == "TPU":
         # Slices know their place in the network; HybridMesh orders the devices by it.

@@ -14,6 +14,7 @@ from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.loops import Loop, Tensors, placeholder
 from numina_finetune.xla.remat import SavedTensors, keep_products, keeping
 from numina_finetune.xla.sharding import PartitionSpec
+from numina_finetune.xla.tally import count, counting
 
 
 class ScannedLayers(nn.Module):
@@ -24,6 +25,7 @@ class ScannedLayers(nn.Module):
         group: Sequence[nn.Module],
         weights: Mapping[str, nn.Parameter],
         specs: Mapping[str, PartitionSpec],
+        used: Mapping[str, PartitionSpec],
         *,
         turns: int,
         dtype: torch.dtype,
@@ -35,6 +37,7 @@ class ScannedLayers(nn.Module):
             group: one turn's layers, as templates without values of their own.
             weights: ``[turns, …]`` each, by the number of the layer in the group and its name in it: ``0.mlp.…``.
             specs: partition of one turn's weight, by the same names.
+            used: the same as the layers compute with it.
             dtype: what the layers compute in.
         """
         super().__init__()
@@ -42,7 +45,7 @@ class ScannedLayers(nn.Module):
             keep_products(layer)
         self._group = tuple(layer.eval() for layer in group)  # a tuple: the templates' parameters are not the model's
         self._names = list(weights)
-        self._specs = [specs[name] for name in self._names]
+        self._specs, self._used = ([of[name] for name in self._names] for of in (specs, used))
         self._turns, self._dtype, self._remat, self._constraints = turns, dtype, remat, constraints
         for name, weight in weights.items():
             self.register_parameter(_plain(name), weight)
@@ -93,9 +96,9 @@ class ScannedLayers(nn.Module):
                 barrier does not keep it from that.
         """
         found = []
-        for name, row, spec in zip(self._names, rows, self._specs, strict=True):
+        for name, row, spec, used in zip(self._names, rows, self._specs, self._used, strict=True):
             dtype = compute_dtype(name, self._dtype)
-            found.append(self._constraints.gathered(row if row.dtype == dtype else row * one, spec, dtype))
+            found.append(self._constraints.gathered(row if row.dtype == dtype else row * one, spec, dtype, used))
         return found
 
 
@@ -105,6 +108,7 @@ class _Program:
     def __init__(self, layers: ScannedLayers, rebuild: Callable[[Sequence[torch.Tensor]], dict[str, Any]]) -> None:
         self._layers, self._rebuild = layers, rebuild
         self._trained: tuple[bool, ...] = ()
+        self._counts = False
         self._saved = SavedTensors() if layers._remat == "none" else None
         self._evaluation = Loop(self._evaluate_turn)
         self._forward, self._backward = Loop(self._forward_turn), Loop(self._backward_turn)
@@ -120,6 +124,8 @@ class _Program:
             self._choose(self._saved, hidden, weights, constants)
         turns = self._layers._turns
         (output,), kept = self._forward([hidden], weights, constants, turns=turns)
+        if self._counts:
+            count(kept.pop().sum(0))
         self._backward.prepare([output], [*kept, *weights], constants, turns=turns, reverse=True)
         return output, kept
 
@@ -141,15 +147,18 @@ class _Program:
         layers = self._layers
         hidden, leaves = carry[0].detach().requires_grad_(), self._leaves(rows, constants[-1])
         arguments = self._rebuild(constants)
-        if self._saved is not None:
-            with torch.set_grad_enabled(True):
-                output, kept = self._saved.forward(lambda: layers.run(hidden, leaves, arguments))
-        elif layers._remat == "dots":
-            with torch.set_grad_enabled(True), keeping(None) as kept:
-                output = layers.run(hidden, leaves, arguments)
-        else:
-            output, kept = layers.run(hidden.detach(), leaves, arguments), []
-        return [output.detach()], [hidden.detach(), *kept]
+        with counting() as counted:
+            if self._saved is not None:
+                with torch.set_grad_enabled(True):
+                    output, kept = self._saved.forward(lambda: layers.run(hidden, leaves, arguments))
+            elif layers._remat == "dots":
+                with torch.set_grad_enabled(True), keeping(None) as kept:
+                    output = layers.run(hidden, leaves, arguments)
+            else:
+                output, kept = layers.run(hidden.detach(), leaves, arguments), []
+        self._counts = bool(counted)
+        totals = [torch.stack(counted).sum(0)] if counted else []
+        return [output.detach()], [hidden.detach(), *kept, *totals]
 
     def _backward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
         layers = self._layers

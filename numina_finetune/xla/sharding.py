@@ -1,27 +1,31 @@
 """Which mesh axes split which dimension of which parameter, by name, for each architecture.
 
 A linear layer's weight is ``[out, in]``. Megatron's scheme over ``tensor``: the first matrix of a pair splits its
-outputs, the second its inputs; ``fsdp`` takes the other dimension.
+outputs, the second its inputs; ``fsdp`` and ``expert`` together take the other dimension. Experts' weights are split by
+expert over ``expert``, and by row over ``fsdp`` alone.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
+from numina_finetune.config import SHARD_AXES
 from numina_finetune.mesh import MeshShape
 
-PartitionSpec = tuple[str | tuple[str, ...] | None, ...]
+Axes = str | tuple[str, ...] | None
+PartitionSpec = tuple[Axes, ...]
 
 _DECODER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed_tokens\.weight$", ("tensor", "fsdp")),
-    (r"lm_head\.weight$", ("tensor", "fsdp")),
-    (r"self_attn\.[qkv]_proj\.weight$", ("tensor", "fsdp")),
+    (r"embed_tokens\.weight$", ("tensor", SHARD_AXES)),
+    (r"lm_head\.weight$", ("tensor", SHARD_AXES)),
+    (r"self_attn\.[qkv]_proj\.weight$", ("tensor", SHARD_AXES)),
     (r"self_attn\.[qkv]_proj\.bias$", ("tensor",)),
-    (r"self_attn\.o_proj\.weight$", ("fsdp", "tensor")),
+    (r"self_attn\.o_proj\.weight$", (SHARD_AXES, "tensor")),
     (r"self_attn\.o_proj\.bias$", (None,)),
-    (r"mlp\.(gate|up)_proj\.weight$", ("tensor", "fsdp")),
+    (r"mlp\.(gate|up)_proj\.weight$", ("tensor", SHARD_AXES)),
     (r"mlp\.(gate|up)_proj\.bias$", ("tensor",)),
-    (r"mlp\.down_proj\.weight$", ("fsdp", "tensor")),
+    (r"mlp\.down_proj\.weight$", (SHARD_AXES, "tensor")),
     (r"mlp\.down_proj\.bias$", (None,)),
     (r"norm\.weight$", (None,)),
 )
@@ -32,7 +36,7 @@ _EXPERT_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"experts\.gate_up_proj_bias$", ("expert", "tensor")),
     (r"experts\.down_proj$", ("expert", "tensor", "fsdp")),
     (r"experts\.down_proj_bias$", ("expert", None)),
-    (r"mlp\.router\.weight$", (None, "fsdp")),
+    (r"mlp\.router\.weight$", (None, SHARD_AXES)),
     (r"mlp\.router\.bias$", (None,)),
     (r"self_attn\.sinks$", ("tensor",)),
 )
@@ -48,15 +52,30 @@ SHARDING_RULES: dict[str, tuple[tuple[str, PartitionSpec], ...]] = {
 def partition_of(model_type: str, name: str, shape: tuple[int, ...], mesh: MeshShape) -> PartitionSpec:
     """The partition of one parameter.
 
-    A dimension that its axis does not divide stays whole: uneven shards would cost padding in every checkpoint.
+    A dimension that its axes do not divide is split over the first of them, or stays whole: uneven shards would cost
+    padding in every checkpoint.
 
     Raises:
         KeyError: the architecture's table does not name the parameter.
     """
     for pattern, spec in SHARDING_RULES[model_type]:
         if re.search(pattern, name):
-            return tuple(
-                axis if isinstance(axis, str) and size % getattr(mesh, axis) == 0 else None
-                for axis, size in zip(spec, shape, strict=True)
-            )
+            return tuple(_that_divide(entry, size, mesh) for entry, size in zip(spec, shape, strict=True))
     raise KeyError(f"no sharding rule for parameter {name} of a {model_type} model")
+
+
+def whole(spec: PartitionSpec) -> PartitionSpec:
+    """The partition of a weight that is gathered for its product: over the axes that split weights it is whole."""
+    return tuple(None if axes in (SHARD_AXES, "fsdp") else axes for axes in spec)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a parameter belongs to a layer's experts."""
+    return ".experts." in name
+
+
+def _that_divide(entry: Axes, size: int, mesh: MeshShape) -> Axes:
+    if isinstance(entry, tuple):
+        whole = math.prod(getattr(mesh, axis) for axis in entry)
+        return entry if size % whole == 0 else _that_divide(entry[0], size, mesh)
+    return entry if entry is not None and size % getattr(mesh, entry) == 0 else None

@@ -7,10 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch_xla
-import torch_xla.core.xla_builder as xb
 from torch import nn
-from torch_xla._internal.jax_workarounds import jax_env_context, jax_import_guard
 from transformers import AttentionInterface, PretrainedConfig
 
 from numina_finetune.config import BATCH_AXES
@@ -18,6 +15,7 @@ from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.jax_programs import JaxPrograms
 from numina_finetune.xla.remat import keep
 
 if TYPE_CHECKING:
@@ -68,23 +66,23 @@ def _faults(model_config: PretrainedConfig, length: int, shape: MeshShape, devic
     return faults
 
 
-def use_attention(config: PretrainedConfig, name: str, constraints: Constraints) -> None:
+def use_attention(config: PretrainedConfig, name: str, constraints: Constraints, platform: str) -> None:
     """Let the model of ``config`` attend by ``splash`` or ``torch``."""
     if name == "splash":
-        AttentionInterface.register(SPLASH_ATTENTION, SplashAttention(constraints))
+        AttentionInterface.register(SPLASH_ATTENTION, SplashAttention(constraints, platform))
     config._attn_implementation = SPLASH_ATTENTION if name == "splash" else SEGMENT_ATTENTION
 
 
 class SplashAttention:
     """The same attention as `numina_finetune.models.attention.segment_attention`, in a kernel."""
 
-    def __init__(self, constraints: Constraints, *, interpret: bool = False) -> None:
+    def __init__(self, constraints: Constraints, platform: str) -> None:
         """
         Args:
-            interpret: as plain operations, for devices that have no such kernel.
+            platform: ``tpu``; or another, where the kernel is interpreted, as plain operations.
         """
-        self.constraints, self._interpret = constraints, interpret
-        self._computations: dict[Any, Any] = {}
+        self.constraints, self._interpret = constraints, platform != "tpu"
+        self._programs = JaxPrograms(platform)
 
     def __call__(
         self,
@@ -113,20 +111,9 @@ class SplashAttention:
 
     def call(self, what: str, shape: tuple[Any, ...], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the kernel ``forward`` or ``backward`` of one shape."""
-        kinds = tuple((tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in tensors)
-        key = what, shape, kinds
-        if key not in self._computations:
-            jax_import_guard()  # torch_xla takes the TPU before JAX does
-            with jax_env_context():
-                from numina_finetune.xla.splash_kernel import lower
-
-                kernel = self._kernel(*shape)
-                program = lower(getattr(kernel, what), kinds, "cpu" if self._interpret else "tpu")
-            self._computations[key] = xb.computation_from_module_proto(f"splash_{what}", program)
-        results: list[torch.Tensor] = torch_xla._XLAC._xla_user_computation(
-            f"numina::splash_{what}", tuple(tensors), self._computations[key]
+        return self._programs.call(
+            f"splash_{what}", lambda: getattr(self._kernel(*shape), what), (what, shape), tensors
         )
-        return results
 
     def _kernel(self, length: int, scale: float, window: int | None, has_sinks: bool) -> Splash:
         from numina_finetune.xla.splash_kernel import Splash

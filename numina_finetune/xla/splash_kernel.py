@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from numina_finetune.xla.jax_lowering import Axes, on_each_chip
 
 BLOCKS = (512, 256, 128)
 """Sizes of the kernel's blocks of queries and of keys, the first that divides the sequence."""
@@ -35,8 +35,7 @@ class Splash:
     window: int | None
     """Keys a query reaches back, itself included; None = all."""
     has_sinks: bool
-    axes: tuple[tuple[str, int], ...]
-    """The mesh: names and sizes."""
+    axes: Axes
     batch_axes: tuple[str, ...]
     head_axis: str
     interpret: bool = False
@@ -54,7 +53,7 @@ class Splash:
 
             return jax.vmap(of_row)(query, key, value, segments)
 
-        return self._on_each_chip(of_rows, self._inputs, (self._rows, self._sums))
+        return on_each_chip(of_rows, self.axes, self._inputs, (self._rows, self._sums))
 
     @property
     def backward(self) -> Callable[..., Any]:
@@ -91,7 +90,7 @@ class Splash:
 
         sinks = [PartitionSpec(self.head_axis)] if self.has_sinks else []
         inputs = (*self._inputs, self._rows, self._sums, self._rows)
-        return self._on_each_chip(of_rows, inputs, (self._rows, self._rows, self._rows, *sinks))
+        return on_each_chip(of_rows, self.axes, inputs, (self._rows, self._rows, self._rows, *sinks))
 
     def _kernel(self, heads: int, *, save_residuals: bool) -> Any:
         shape = self.length, self.length
@@ -127,30 +126,6 @@ class Splash:
     def _inputs(self) -> tuple[PartitionSpec, ...]:
         sinks = [PartitionSpec(self.head_axis)] if self.has_sinks else []
         return self._rows, self._rows, self._rows, PartitionSpec(self.batch_axes, None), *sinks
-
-    @cached_property
-    def _mesh(self) -> AbstractMesh:
-        return AbstractMesh(tuple(size for _, size in self.axes), tuple(name for name, _ in self.axes))
-
-    def _on_each_chip(self, function: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[..., Any]:
-        mapped: Callable[..., Any] = jax.shard_map(
-            function, mesh=self._mesh, in_specs=tuple(inputs), out_specs=tuple(outputs), check_vma=False
-        )
-        return mapped
-
-
-def lower(function: Any, shapes: Sequence[tuple[tuple[int, ...], str]], platform: str) -> bytes:
-    """``function`` for arguments of these shapes and types as a serialized HLO module."""
-    from jax._src.interpreters import mlir
-
-    given = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    # As if for export: kernels are then written in a version that the pinned libtpu reads. Today's newest one
-    # (8, "expected <= 7") it does not, and without a TPU at hand JAX writes that.
-    parameters = mlir.LoweringParameters(for_export=True)
-    traced = jax.jit(function, keep_unused=True).trace(*given)
-    lowered = traced.lower(lowering_platforms=(platform,), _private_parameters=parameters)
-    module: bytes = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-    return module
 
 
 def _only(values: Sequence[Any]) -> Any:

@@ -97,7 +97,9 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     ]
     with named_modules(placed.module):
         metrics = train_step(placed, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)
-    outputs = [metrics, *(tensor.detach() for _, _, tensor, _ in _state(placed, optimizer))]
+    # On devices a parameter keeps its split; here the compiler would choose where each new value lies.
+    updates = [placed.constraints.mark(tensor.detach(), spec) for _, _, tensor, spec in _state(placed, optimizer)]
+    outputs = [metrics, *updates]
     donated = {number: number + 1 for number in range(len(updated))}
     return stablehlo(inputs, outputs, [argument.sharding for argument in arguments], donated), arguments
 

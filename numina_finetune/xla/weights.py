@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from numina_finetune.config import SHARD_AXES
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.sharding import PartitionSpec
 
@@ -19,33 +20,45 @@ from numina_finetune.xla.sharding import PartitionSpec
 class Gathered(nn.Module):
     """Parametrization that presents a split weight as the product uses it; the gradient comes back split."""
 
-    def __init__(self, spec: PartitionSpec, dtype: torch.dtype, constraints: Constraints) -> None:
+    def __init__(self, spec: PartitionSpec, used: PartitionSpec, dtype: torch.dtype, constraints: Constraints) -> None:
         super().__init__()
-        self._spec, self._dtype, self._constraints = spec, dtype, constraints
+        self._spec, self._used, self._dtype, self._constraints = spec, used, dtype, constraints
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        gathered: torch.Tensor = _Gather.apply(weight, self._spec, self._dtype, self._constraints)  # type: ignore[no-untyped-call]
+        gathered: torch.Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
+            weight, self._spec, self._used, self._dtype, self._constraints
+        )
         return gathered
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, spec: PartitionSpec, dtype: torch.dtype, constraints: Constraints
+        ctx: Any,
+        weight: torch.Tensor,
+        spec: PartitionSpec,
+        used: PartitionSpec,
+        dtype: torch.dtype,
+        constraints: Constraints,
     ) -> torch.Tensor:
         ctx.spec, ctx.constraints = spec, constraints
-        return constraints.gathered(weight, spec, dtype)
+        return constraints.gathered(weight, spec, dtype, used)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        return ctx.constraints.mark(gradients[0], ctx.spec), None, None, None
+        return ctx.constraints.mark(gradients[0], ctx.spec), None, None, None, None
 
 
 def present_gathered(
-    module: nn.Module, name: str, spec: PartitionSpec, dtype: torch.dtype, constraints: Constraints
+    module: nn.Module,
+    name: str,
+    spec: PartitionSpec,
+    used: PartitionSpec,
+    dtype: torch.dtype,
+    constraints: Constraints,
 ) -> None:
-    """Let ``module.name``, still on the CPU or without a value, be used gathered and in the compute type."""
-    parametrize.register_parametrization(module, name, Gathered(spec, dtype, constraints), unsafe=True)
+    """Let ``module.name``, still on the CPU or without a value, be used in the compute type and split as ``used``."""
+    parametrize.register_parametrization(module, name, Gathered(spec, used, dtype, constraints), unsafe=True)
 
 
 def master_of(module: nn.Module, name: str) -> torch.Tensor:
@@ -102,4 +115,4 @@ class _Lookup(torch.autograd.Function):
         given = given.to(torch.promote_types(given.dtype, torch.float32))
         padding = -1 if ctx.padding is None else ctx.padding
         gradient = torch.ops.aten.embedding_dense_backward(given, ids, ctx.rows, padding, False)
-        return None, ctx.constraints.mark(gradient, ("tensor", "fsdp")), None, None, None
+        return None, ctx.constraints.mark(gradient, ("tensor", SHARD_AXES)), None, None, None

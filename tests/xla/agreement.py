@@ -1,10 +1,9 @@
 """The step's loss and gradients on XLA beside plain transformers', in a process of its own.
 
 ``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots``, ``unrolled,full`` or
-``scan,full,8 experts`` (gpt-oss). Prints
-one JSON object: by case the relative difference of the loss, the largest relative L2 difference of a gradient tensor,
-and how many matrix products the program of the gradients has. The logits are cut small, into several chunks,
-but for a case of ``whole``.
+``scan,full,8 experts,dropless`` (gpt-oss). Prints one JSON object: by case the relative difference of the loss, the
+largest relative L2 difference of a gradient tensor, and how many matrix products the program of the gradients has. The
+logits are cut small, into several chunks, but for a case of ``whole``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3
 
 from numina_finetune.mesh import MeshShape, parse_mesh
@@ -27,7 +26,6 @@ from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.xla import loss as loss_module
 from numina_finetune.xla.placement import RuntimeTensors, StepOptions, place_model
 from numina_finetune.xla.runtime import BATCH_SPEC, build_mesh, start_spmd
-from numina_finetune.xla.splash import SPLASH_ATTENTION, SplashAttention
 from tests.reference import (
     LENGTH,
     ROWS,
@@ -71,12 +69,9 @@ def tiny(layers: int, dtype: torch.dtype, tied: bool, experts: int = 0) -> PreTr
 
 
 def ours(
-    model: PreTrainedModel, batch: Batch, options: StepOptions, mesh: xs.Mesh, shape: MeshShape, interpret: bool
+    model: PreTrainedModel, batch: Batch, options: StepOptions, mesh: xs.Mesh, shape: MeshShape
 ) -> tuple[float, dict[str, torch.Tensor], int]:
     placed = place_model(model, options, mesh, shape, RuntimeTensors(mesh, torch_xla.device()))
-    if interpret:
-        AttentionInterface.register(SPLASH_ATTENTION, SplashAttention(placed.constraints, interpret=True))
-        model.config._attn_implementation = SPLASH_ATTENTION
     rows = {name: tensor.to(torch_xla.device()) for name, tensor in batch.items()}
     for tensor in rows.values():
         xs.mark_sharding(tensor, mesh, BATCH_SPEC)
@@ -125,9 +120,18 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
         elements = ROWS * LENGTH * VOCABULARY // 24 if "whole" not in more else ROWS * LENGTH * VOCABULARY * 2
         loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (elements,)  # type: ignore[misc]
         chunks = next((m for m in more if m in ("sequence", "vocabulary")), "auto")
-        options = StepOptions(dtype_name, form == "scan", remat, "torch", chunks)
+        form_of_experts = next((m for m in more if m in ("dropless", "capacity")), "dense")
+        options = StepOptions(
+            precision=dtype_name,
+            scan_layers=form == "scan",
+            remat=remat,
+            attention=attention,
+            experts=form_of_experts,
+            expert_capacity=float(experts or 1),  # room for all tokens at one expert
+            loss_chunks=chunks,
+        )
         model = tiny(layers, dtype, tied, experts)
-        our_loss, our_gradients, products = ours(model, batch, options, mesh, shape, attention == "splash")
+        our_loss, our_gradients, products = ours(model, batch, options, mesh, shape)
         assert our_gradients.keys() == gradients.keys()
         differences = [
             ((our_gradients[name] - gradient).norm() / gradient.norm()).item() for name, gradient in gradients.items()

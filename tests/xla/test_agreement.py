@@ -57,6 +57,21 @@ def test_gpt_oss_has_the_loss_and_gradients_of_transformers(devices: int, mesh: 
         assert gradient < GRADIENT["fp32"], case
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernels are JAX's, which is not installed")
+@pytest.mark.parametrize(
+    ("mesh", "attention", "cases"),
+    [
+        ("fsdp=2,expert=2", "splash", ["scan,full,8 experts,2,dropless"]),
+        ("expert=2,tensor=2", "torch", ["scan,dots,32 experts,dropless", "scan,full,8 experts,2,capacity"]),
+        ("data=2,expert=2", "torch", ["unrolled,full,8 experts,2,dropless"]),
+    ],
+)
+def test_gpt_oss_by_kernels_has_the_same_loss_and_gradients(mesh: str, attention: str, cases: list[str]) -> None:
+    for case, (loss, gradient, _) in agreement(4, "fp32", mesh, attention, *cases).items():
+        assert loss < LOSS["fp32"], case
+        assert gradient < GRADIENT["fp32"], case
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernel is JAX's, which is not installed")
 def test_the_splash_kernel_gives_the_same_loss_and_gradients() -> None:
     for case, (loss, gradient, _) in agreement(

@@ -32,5 +32,6 @@ def test_square_matrices_are_split_alike_unless_tensor_needs_their_other_dimensi
     )
     assert result.returncode == 0, result.stderr[-3000:]
     alone, with_tensor = map(json.loads, result.stdout.splitlines()[-2:])
-    assert alone == [[None, "tensor", "fsdp"]] * 2
-    assert with_tensor == [[None, "tensor", "fsdp"], [None, "fsdp", "tensor"]]
+    shards = ["fsdp", "expert"]
+    assert alone == [[None, "tensor", shards]] * 2
+    assert with_tensor == [[None, "tensor", shards], [None, shards, "tensor"]]

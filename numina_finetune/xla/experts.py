@@ -1,0 +1,147 @@
+"""gpt-oss's experts split over the mesh, as a transformers experts function in a PyTorch/XLA program."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.integrations.moe import ExpertsInterface
+
+from numina_finetune.config import BATCH_AXES
+from numina_finetune.errors import ConfigError
+from numina_finetune.models.experts import STATIC_EXPERTS
+from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.jax_programs import JaxPrograms
+from numina_finetune.xla.sharding import PartitionSpec, partition_of
+from numina_finetune.xla.tally import count
+
+if TYPE_CHECKING:
+    from numina_finetune.xla.expert_kernel import Experts
+
+logger = logging.getLogger(__name__)
+
+SPLIT_EXPERTS = "numina_split"
+WEIGHTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+
+def experts_for(wish: str, model_config: PretrainedConfig, *, device_type: str) -> str:
+    """What ``--experts`` comes to: ``dropless``, ``capacity`` or ``dense``; ``dense`` for a model that has none.
+
+    Args:
+        device_type: as ``torch_xla.runtime.device_type()`` gives it.
+
+    Raises:
+        ConfigError: the form asked for cannot be had.
+    """
+    if not has_experts(model_config):
+        return "dense"
+    faults = []
+    if wish == "dropless" and device_type != "TPU":
+        faults.append(f"its kernel is for TPUs, and this is {device_type}: use auto, capacity or dense")
+    if wish != "dense" and importlib.util.find_spec("jax") is None:
+        faults.append("it is JAX's, which is not installed: pip install 'numina_finetune[tpu]'")
+    if wish == "auto":
+        if device_type == "TPU" and faults:
+            logger.warning("every expert sees every token, which is slow: --experts dropless: %s", "; ".join(faults))
+        return "dropless" if device_type == "TPU" and not faults else "dense"
+    if faults:
+        raise ConfigError([f"--experts {wish}: {fault}" for fault in faults])
+    return wish
+
+
+def has_experts(model_config: PretrainedConfig) -> bool:
+    """Whether the model has experts."""
+    return bool(getattr(model_config, "num_local_experts", 0))
+
+
+def use_experts(config: PretrainedConfig, name: str, capacity: float, constraints: Constraints, platform: str) -> None:
+    """Let the model of ``config`` compute its experts ``dropless``, by ``capacity`` or ``dense``."""
+    if not has_experts(config):
+        return
+    if name != "dense":
+        rule = SplitExperts(constraints, platform, capacity=capacity if name == "capacity" else None)
+        ExpertsInterface.register(SPLIT_EXPERTS, rule)
+    config._experts_implementation = STATIC_EXPERTS if name == "dense" else SPLIT_EXPERTS
+
+
+class SplitExperts:
+    """The same experts as `numina_finetune.models.experts.static_experts`, each on the chips that hold it."""
+
+    def __init__(self, constraints: Constraints, platform: str, *, capacity: float | None) -> None:
+        """
+        Args:
+            platform: ``tpu``; or another, where kernels are interpreted, as plain operations.
+            capacity: rows that an expert takes from each chip, over the mean; None = all, whatever the routing.
+        """
+        self.constraints, self._capacity, self._interpret = constraints, capacity, platform != "tpu"
+        self._programs = JaxPrograms(platform)
+
+    @property
+    def drops(self) -> bool:
+        """Whether an expert may be sent more than it takes."""
+        return self._capacity is not None
+
+    def __call__(
+        self, module: nn.Module, hidden: torch.Tensor, indices: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """See `numina_finetune.models.experts.static_experts`; weights come split, as the parameters are."""
+        weights = [getattr(module, name) for name in WEIGHTS]
+        specs = self._specs(weights)
+        rows = self.constraints(hidden, "tokens"), self.constraints.place(indices.int(), "tokens")
+        mixed: torch.Tensor = _Apply.apply(  # type: ignore[no-untyped-call]
+            self, (module.alpha, module.limit, specs), *rows, self.constraints(shares, "tokens"), *weights
+        )
+        return mixed
+
+    def call(self, what: str, shape: tuple[Any, ...], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run ``forward`` or ``backward`` of one layer's experts."""
+        return self._programs.call(
+            f"experts_{what}", lambda: getattr(self._experts(*shape), what), (what, shape), tensors
+        )
+
+    def _experts(self, alpha: float, limit: float, specs: tuple[PartitionSpec, ...]) -> Experts:
+        from numina_finetune.xla.expert_kernel import Experts
+
+        return Experts(
+            alpha=alpha,
+            limit=limit,
+            capacity=self._capacity,
+            axes=tuple(self.constraints.shape.by_axis.items()),
+            batch_axes=BATCH_AXES,
+            weight_specs=specs,
+            interpret=self._interpret,
+        )
+
+    def _specs(self, weights: list[torch.Tensor]) -> tuple[PartitionSpec, ...]:
+        shape = self.constraints.shape
+        gate_up, gate_up_bias, down, down_bias = (
+            partition_of("gpt_oss", f"experts.{name}", tuple(weight.shape), shape)
+            for name, weight in zip(WEIGHTS, weights, strict=True)
+        )
+        if down[1] is None:  # a part of gate and up would have no such part of down to go with
+            gate_up, gate_up_bias = (*gate_up[:2], None), (gate_up_bias[0], None)
+        return gate_up, gate_up_bias, down, down_bias
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: SplitExperts, shape: tuple[Any, ...], *given: torch.Tensor) -> torch.Tensor:
+        ctx.rule, ctx.shape = rule, shape
+        ctx.save_for_backward(*given)
+        mixed, dropped = rule.call("forward", shape, list(given))
+        if rule.drops:
+            count(torch.stack([dropped, torch.full_like(dropped, given[1].numel())]))
+        return rule.constraints.place(mixed, "tokens")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        gradient = ctx.rule.constraints.place(gradients[0], "tokens")
+        # Computes the layer's experts again: what they make on the way is never kept, under any --remat.
+        hidden, shares, *weights = ctx.rule.call("backward", ctx.shape, [*ctx.saved_tensors, gradient])
+        hidden, shares = (ctx.rule.constraints.place(part, "tokens") for part in (hidden, shares))
+        marked = [ctx.rule.constraints.mark(part, spec) for part, spec in zip(weights, ctx.shape[2], strict=True)]
+        return None, None, hidden, None, shares, *marked
