@@ -7,8 +7,8 @@ version that MaxText's figures in maxtext_aot.json were made with, in an environ
 first run (uv; Python 3.12 or newer, --python names one that uv does not find). A case takes minutes.
 
 Columns: the compiler's peak memory, and arguments + outputs − shared + temporaries + program (which an older libtpu
-reports higher than what it places), in GB = 1e9 bytes; matrix products in TFLOP, and over 6·N·tokens; what collectives
-move in GB; the compiler's estimated cycles in ms, which leave out kernels and collectives. All are of one chip and one
+reports higher than what it places), in GB = 1e9 bytes; matrix products in TFLOP (those of kernels as these state them,
+which attention's do not), and over 6·N·tokens; what collectives move in GB; the compiler's estimated cycles in ms, which leave out kernels and collectives. All are of one chip and one
 step, loops multiplied in. --only-pinned leaves the second environment out.
 """
 
@@ -29,7 +29,8 @@ from numina_finetune import launch
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.files import user_cache
-from numina_finetune.mesh import MeshShape
+from numina_finetune.mesh import parse_mesh
+from numina_finetune.model_defaults import default_mesh
 from numina_finetune.plan.compilation import Candidate, Fitted, Outcome, TpuCompiler
 from numina_finetune.plan.geometry import geometry_of
 from numina_finetune.plan.roofline import model_flops
@@ -58,6 +59,7 @@ CASES = (
     Case("qwen3-8b-v5e16-4096", "Qwen/Qwen3-8B", "v5litepod-16", 1, 4096, "q8_v5e16_s4096_pdb1"),
     Case("llama-3-8b-v6e16", "meta-llama/Meta-Llama-3-8B", "v6e-16", 1, 4096, None),
     Case("gpt-oss-20b-v5p128", "openai/gpt-oss-20b", "v5p-128", 1, 4096, "oss20_v5p128_s4096_pdb1"),
+    Case("gpt-oss-120b-v5p128", "openai/gpt-oss-120b", "v5p-128", 1, 4096, "oss120_v5p128_s4096_pdb1"),
 )
 
 
@@ -120,7 +122,8 @@ def ours(case: Case, pythons: list[str]) -> list[Figures]:
     tpu = parse_tpu(case.tpu)
     with tempfile.TemporaryDirectory() as folder:
         compiler = TpuCompiler(tpu, geometry, Path(folder))
-        traced = compiler.trace(Candidate(config, MeshShape(fsdp=tpu.chips)))
+        mesh = parse_mesh(default_mesh(case.model, tpu.chips), tpu.chips)
+        traced = compiler.trace(Candidate(config, mesh))
         return [figures(compiler.compile(traced, python), tpu) for python in pythons]
 
 
@@ -133,7 +136,7 @@ def figures(outcome: Outcome, tpu: Slice) -> Figures:
         f"ours, libtpu {outcome.versions['libtpu']}",
         outcome.sizes["peak"] / 1e9,
         outcome.allocated_bytes / 1e9,
-        costs.matmul_flops / 1e12,
+        (costs.matmul_flops + costs.kernel_flops) / 1e12,
         model_flops(outcome) / 1e12,
         costs.total_collective_bytes / 1e9,
         1e3 * costs.cycles / tpu.chip.clock_hz,
