@@ -8,9 +8,9 @@ first run (uv; Python 3.12 or newer, --python names one that uv does not find). 
 
 Columns: the compiler's peak memory, and arguments + outputs − shared + temporaries + program (which an older libtpu
 reports higher than what it places), in GB = 1e9 bytes; matrix products in TFLOP (those of kernels as these state them,
-which attention's do not), and over 6·N·tokens; what collectives move in GB; the compiler's estimated cycles in ms, which
-leave out kernels and collectives. All are of one chip and one step, loops multiplied in. --only-pinned leaves the second
-environment out.
+which attention's do not), and over 6·N·tokens; what collectives move in GB; the compiler's estimated cycles in ms,
+which leave out kernels and collectives. All are of one chip and one step, loops multiplied in. --only-pinned leaves
+the second environment out.
 """
 
 from __future__ import annotations
