@@ -11,7 +11,7 @@ from huggingface_hub import errors as hub_errors
 from numina_finetune.config import ALIASES
 from numina_finetune.errors import ConfigError
 from numina_finetune.files import user_cache
-from numina_finetune.models.staged import staged_model
+from numina_finetune.models.staged import open_staged
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,17 @@ _CONFIRMED_ABSENT = (
 )
 
 
+def is_staged(name: str) -> bool:
+    """Whether the name is that of a model in a bucket."""
+    return name.startswith("gs://")
+
+
 def resolve_name(name: str) -> str:
-    """The hub's own name for what the user typed; of a model staged in a bucket, this machine's copy."""
-    if name.startswith("gs://"):
-        return str(staged_model(name, user_cache() / "models"))
+    """The hub's own name for what the user typed; of a model staged in a bucket, the folder here with all but its
+    weights.
+    """
+    if is_staged(name):
+        return str(open_staged(name).download(user_cache() / "models"))
     resolved = ALIASES.get(name, name)
     if resolved != name:
         logger.warning("%s is taken to mean %s", name, resolved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,10 +21,10 @@ from numina_finetune.errors import ConfigError
 from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import BUILTIN, tiny_config
 from numina_finetune.models.experts import STATIC_EXPERTS
-from numina_finetune.models.hub import from_hub, resolve_name
+from numina_finetune.models.hub import from_hub, is_staged, resolve_name
 from numina_finetune.models.mxfp4 import is_mxfp4
 from numina_finetune.models.precision import WEIGHT_DTYPES
-from numina_finetune.models.stream import fill, find_weights
+from numina_finetune.models.stream import Files, StoredWeights, Weights, fill, find_weights, staged_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,27 +54,42 @@ def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
     return model_config
 
 
-def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True) -> PreTrainedModel:
-    """The model on the CPU, its weights in the master type of ``config.precision``.
+def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model on the CPU, its weights in the master type of ``config.precision``."""
+    model, weights = open_model(config, tokenizer)
+    fill(model, weights)
+    return model
+
+
+def open_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights: bool = True
+) -> tuple[PreTrainedModel, Weights | None]:
+    """The model as it is before it is given to devices, and where the values come from that it lacks.
 
     Args:
-        weights: False leaves them uninitialised, for a resume that fills them from a checkpoint.
+        weights: False where a checkpoint will give the values, and none are to be read.
+
+    Returns:
+        Parameters in the master type of ``config.precision``, without values (``meta``), buffers with them; and the
+        source of the values, None without ``weights``. A built-in model, or one whose weights have another format
+        than safetensors, is on the CPU with its values, and has no source.
+
+    Raises:
+        ConfigError: the model's files are not whole.
     """
     name, dtype = resolve_name(config.model_name), WEIGHT_DTYPES[config.precision]
     model_config = load_config(config, tokenizer)
     if name in BUILTIN:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return _from_config(model_config, dtype)
-    files = find_weights(name, config.model_revision) if weights else {}
+            return _from_config(model_config, dtype), None
+    files = _find_weights(config, name) if weights else {}
     if files is not None:
-        with no_init_weights():
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model = _from_config(model_config, dtype).eval()
         model.tie_weights()  # left out along with the initialisation
-        if weights:
-            fill(model, files)
-        return model
-    return from_hub(  # weights in another format than safetensors
+        return model, StoredWeights(model, files) if weights else None
+    whole: PreTrainedModel = from_hub(  # weights in another format than safetensors
         AutoModelForCausalLM,
         name,
         "--model-name",
@@ -82,6 +98,13 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, weights
         dtype=dtype,
         attn_implementation=SEGMENT_ATTENTION,
     )
+    return whole, None
+
+
+def _find_weights(config: RunConfig, name: str) -> Files | None:
+    if is_staged(config.model_name):
+        return staged_weights(config.model_name)
+    return find_weights(name, config.model_revision)
 
 
 def load_generation_config(config: RunConfig, model_config: PretrainedConfig) -> GenerationConfig:

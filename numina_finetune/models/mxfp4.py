@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+GROUP = 32
+"""Values along ``in`` that share a scale."""
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """E2M1: one bit of sign, two of exponent, one of mantissa."""
 _VALUES = torch.tensor([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)])

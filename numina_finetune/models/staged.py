@@ -1,7 +1,8 @@
-"""A model that ``numina-finetune stage`` put into a store: what it consists of, and the way to this disk.
+"""A model that ``numina-finetune stage`` put into a store: what it consists of, and what of it comes to this disk.
 
 Below the model's place lie its files as they are, so that the folder opens like any model's, and ``STAGED.json``, which
-was written last: every file with size and crc32c. Only what that lists exists for a reader.
+was written last: every file with size and crc32c. Only what that lists exists for a reader. Configuration and tokenizer
+are downloaded; weights stay where they are, and are read there (`numina_finetune.models.stream`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from filelock import FileLock
 
 from numina_finetune.checkpoint.parallel import in_order
 from numina_finetune.errors import ConfigError
-from numina_finetune.storage import Damaged, NotFound, Store, crc32c, move_unless_there, open_store
+from numina_finetune.storage import Damaged, Entry, NotFound, Store, crc32c, move_unless_there, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,52 @@ class Record:
         return {"origin": self.origin, "commit": self.commit, "files": files}
 
 
-def staged_model(url: str, local: Path) -> Path:
-    """The folder below ``local`` with the staged model's files: downloaded and checked, once for all processes here.
+@dataclass(frozen=True)
+class StagedModel:
+    """A model in a store."""
+
+    store: Store
+    record: Record
+
+    def weights(self) -> list[Entry]:
+        """The files with its weights, in the generations to be read.
+
+        Raises:
+            ConfigError: one of them is not what was staged.
+        """
+        files = {name: facts for name, facts in self.record.files.items() if _is_weights(name)}
+        entries = {entry.name: entry for entry in self.store.list() if entry.name in files}
+        if faults := _faults(entries, files):
+            raise ConfigError(f"{self.store.address(faults[0])} is not what was staged: {_MEND}")
+        return [entries[name] for name in files]
+
+    def download(self, local: Path) -> Path:
+        """The folder below ``local`` with all but the weights: checked, once for all processes here.
+
+        Raises:
+            ConfigError: a file is damaged, or the disk is too small for them.
+        """
+        files = {name: facts for name, facts in self.record.files.items() if not _is_weights(name)}
+        # The content's name: what was staged anew in the same place is another folder.
+        key = hashlib.sha256(json.dumps(self.record.to_json()["files"], sort_keys=True).encode()).hexdigest()
+        folder = local / f"{self.store.url.rpartition('/')[2]}-{key[:12]}"
+        local.mkdir(parents=True, exist_ok=True)
+        with FileLock(local / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                partial = local / f".{folder.name}.partial"
+                _download(self.store, files, partial)
+                move_unless_there(partial, folder)
+        return folder
+
+
+def open_staged(url: str) -> StagedModel:
+    """The model in a store.
 
     Args:
         url: what ``numina-finetune stage`` printed.
 
     Raises:
-        ConfigError: there is no staged model, it is damaged, or the disk is too small for it.
+        ConfigError: there is no staged model, or its record is damaged.
         StorageError: network or server faults that lasted.
     """
     store = open_store(url)
@@ -83,16 +122,7 @@ def staged_model(url: str, local: Path) -> Path:
         raise ConfigError(
             f"{store.url} holds no staged model: give the name that `numina-finetune stage` printed, or run it again"
         )
-    # The content's name: what was staged anew in the same place is another folder.
-    key = hashlib.sha256(json.dumps(record.to_json()["files"], sort_keys=True).encode()).hexdigest()
-    folder = local / f"{store.url.rpartition('/')[2]}-{key[:12]}"
-    local.mkdir(parents=True, exist_ok=True)
-    with FileLock(local / f".{folder.name}.lock"):
-        if not folder.is_dir():
-            partial = local / f".{folder.name}.partial"
-            _download(store, record.files, partial)
-            move_unless_there(partial, folder)
-    return folder
+    return StagedModel(store, record)
 
 
 def read_record(store: Store, name: str) -> Record | None:
@@ -111,13 +141,19 @@ def read_record(store: Store, name: str) -> Record | None:
 
 def missing_files(store: Store, files: Files) -> list[str]:
     """Those that are not in the store, or not as they should be."""
-    present = {entry.name: entry for entry in store.list()}
+    return _faults({entry.name: entry for entry in store.list()}, files)
 
+
+def _faults(present: Mapping[str, Entry], files: Files) -> list[str]:
     def is_there(name: str, facts: Facts) -> bool:
         entry = present.get(name)
         return entry is not None and entry.size == facts.size and facts.crc32c in (None, entry.crc32c)
 
     return [name for name, facts in files.items() if not is_there(name, facts)]
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _download(store: Store, files: Files, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Weights out of safetensors files into a model, a slice at a time.
+"""Weights out of safetensors files, a part at a time: into a model on the CPU, or into the shards that devices hold.
 
-A file is mapped into memory while one of its tensors is read, and then let go, so that besides the model itself there
-are never more than one tensor's pages of the file and one slice in host memory.
+What is asked for is read in slices of a tensor, several at a time, so that besides the tensors that are filled only
+those slices are in host memory. Parts that overlap, as those of devices that hold the same shard do, are read once.
 """
 
 from __future__ import annotations
@@ -9,25 +9,60 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from numina_finetune.checkpoint.parallel import in_order
 from numina_finetune.errors import ConfigError
-from numina_finetune.models.mxfp4 import dequantise
+from numina_finetune.models.mxfp4 import GROUP, dequantise
+from numina_finetune.models.ranges import LocalBytes, Part, StoredBytes, TensorFile
+from numina_finetune.models.staged import open_staged
 
 logger = logging.getLogger(__name__)
 
-Files = Mapping[str, Path]
+Files = Mapping[str, TensorFile]
 """The file that holds a tensor, by the tensor's name in it."""
-SLICE_BYTES = 2**26
-"""About as much of a tensor is read at a time; at least one row."""
+SLICE_BYTES = 2**24
+"""About as much of a stored tensor is read at a time; at least one row."""
+DEQUANTISED = 2**21
+"""Values that are made of a quantised slice at a time; at least one row's."""
+READERS = 8
+"""Slices on their way at a time."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part of a parameter, and where its values go."""
+
+    name: str
+    """The parameter's Hugging Face name."""
+    part: Part
+    target: torch.Tensor
+    """On the CPU, of the part's shape; values are cast to its type."""
+
+
+class Weights(Protocol):
+    """Where a model's values come from."""
+
+    def read(self, wanted: Sequence[Wanted], told: Callable[[int], object] = ...) -> None:
+        """Fill the targets.
+
+        Args:
+            told: is called with the bytes of the targets that have been filled, as they are.
+
+        Raises:
+            ConfigError: the values are not there, whole.
+        """
 
 
 def find_weights(name: str, revision: str | None) -> Files | None:
@@ -42,40 +77,219 @@ def find_weights(name: str, revision: str | None) -> Files | None:
         return Path(found) if found else None
 
     if whole := find(SAFE_WEIGHTS_NAME, needed=False):
-        with safe_open(whole, "pt") as opened:
-            return dict.fromkeys(opened.keys(), whole)
+        return _of_one_file(TensorFile(LocalBytes(whole)))
     if not (index := find(SAFE_WEIGHTS_INDEX_NAME, needed=False)):
         return None
-    named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    named = _weight_map(index.read_text(encoding="utf-8"))
     paths = {file: find(file, needed=True) for file in sorted(set(named.values()))}
-    return {tensor: path for tensor, file in named.items() if (path := paths[file]) is not None}
+    opened = {file: TensorFile(LocalBytes(path)) for file, path in paths.items() if path is not None}
+    return {tensor: opened[file] for tensor, file in named.items()}
 
 
-def fill(model: PreTrainedModel, files: Files) -> None:
-    """Give ``model``, on the CPU, the values in ``files``, in the type that its parameters have.
+def staged_weights(url: str) -> Files:
+    """The files with the weights of a model that is staged in a store, to be read there.
 
     Raises:
-        ConfigError: a parameter is not there, has another shape, or is tied to one with other values.
+        ConfigError: there is no staged model, or its weights are not what was staged.
     """
-    sources = _sources(model, files)
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    filled: set[int] = set()
-    with (
-        torch.no_grad(),
-        tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False, disable=None) as bar,
-    ):
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name not in sources:  # tied to one that is there
+    staged = open_staged(url)
+    opened = {entry.name: TensorFile(StoredBytes(staged.store, entry)) for entry in staged.weights()}
+    if SAFE_WEIGHTS_NAME in opened:
+        return _of_one_file(opened[SAFE_WEIGHTS_NAME])
+    named = _weight_map(staged.store.read(SAFE_WEIGHTS_INDEX_NAME).decode())
+    return {tensor: opened[file] for tensor, file in named.items()}
+
+
+def fill(model: nn.Module, weights: Weights | None) -> None:
+    """Give the parameters of ``model`` that have no values (``meta``) memory on the CPU, and their values there.
+
+    Args:
+        weights: None leaves the values open.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    wanted = []
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta:
+            continue
+        if parameter not in made:
+            values = torch.empty_like(parameter, device="cpu", requires_grad=False)
+            made[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            wanted.append(Wanted(name, whole(parameter.shape), values))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[parameter])
+    if weights is not None:
+        with progress([one.target for one in wanted]) as told:
+            weights.read(wanted, told)
+
+
+@contextmanager
+def progress(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[int], object]]:
+    """A bar for the bytes of these tensors; gives what takes the bytes that have come."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def whole(shape: Sequence[int]) -> Part:
+    """All of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+class StoredWeights:
+    """The weights in a model's files; implements `Weights`."""
+
+    def __init__(self, model: PreTrainedModel, files: Files) -> None:
+        """
+        Args:
+            model: whose parameters are to be found; it may be without values.
+
+        Raises:
+            ConfigError: a parameter is not there, or has another shape.
+        """
+        sources = _sources(model, files)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        own: dict[nn.Parameter, list[_Form]] = {}
+        for name, source in sources.items():
+            own.setdefault(parameters[name], []).append(_form(files, source, tuple(parameters[name].shape)))
+        self._forms = {name: own[parameter] for name, parameter in parameters.items()}
+
+    def read(self, wanted: Sequence[Wanted], told: Callable[[int], object] = lambda count: None) -> None:
+        """See `Weights`.
+
+        Raises:
+            ConfigError: the values are not there, whole; or a parameter is tied to one with other values.
+        """
+        by_name: dict[str, list[Wanted]] = {}
+        for one in wanted:
+            by_name.setdefault(one.name, []).append(one)
+        slices = ((name, rows) for name, parts in by_name.items() for rows in _rows(self._forms[name][0], parts))
+
+        def read(task: tuple[str, slice]) -> int:
+            name, rows = task
+            return _read_rows(self._forms[name], by_name[name], rows)
+
+        for count in in_order(read, slices, threads=READERS, ahead=READERS):
+            told(count)
+
+
+# --- how a parameter is stored ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A parameter that is stored as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    """The parameter's."""
+    file: TensorFile
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes for one index of the first dimension."""
+        return math.prod(self.shape[1:]) * self.file.item_bytes(self.name)
+
+    def values(self, part: Part) -> Iterator[tuple[Part, torch.Tensor]]:
+        """The part's values, in pieces: each with its place in the parameter."""
+        yield part, self.file.read(self.name, part)
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    """MXFP4 experts, see `numina_finetune.models.mxfp4`; the interface is `_Plain`'s.
+
+    Only the groups that a part touches are dequantised.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: TensorFile
+    scales: TensorFile
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) // 2
+
+    def values(self, part: Part) -> Iterator[tuple[Part, torch.Tensor]]:
+        experts, inner, out = part
+        groups = slice(inner.start // GROUP, -(-inner.stop // GROUP))
+        blocks = self.blocks.read(self.name + _BLOCKS, (experts, out, groups, slice(0, GROUP // 2)))
+        scales = self.scales.read(self.name + _SCALES, (experts, out, groups))
+        cut = slice(inner.start - groups.start * GROUP, inner.stop - groups.start * GROUP)
+        step = max(1, DEQUANTISED // max(1, blocks[:, :1].numel() * 2))
+        for first in range(0, out.stop - out.start, step):
+            some = slice(first, first + step)
+            found = dequantise(blocks[:, some], scales[:, some])[..., cut].transpose(1, 2)
+            begin = out.start + first
+            yield (experts, inner, slice(begin, begin + found.shape[2])), found
+
+
+_Form = _Plain | _Quantised
+
+
+def _form(files: Files, name: str, shape: tuple[int, ...]) -> _Form:
+    """How the parameter is stored that has ``shape`` in the model.
+
+    Raises:
+        ConfigError: with another shape, or not whole.
+    """
+    if name in files:
+        _refuse_shape(name, files[name].shape(name), shape)
+        return _Plain(name, shape, files[name])
+    blocks, scales = name + _BLOCKS, name + _SCALES
+    if scales not in files:
+        raise ConfigError(f"{blocks} has no {scales} beside it: give a whole model")
+    experts, out, groups, half = files[blocks].shape(blocks)
+    _refuse_shape(name, (experts, groups * half * 2, out), shape)
+    _refuse_shape(scales, files[scales].shape(scales), (experts, out, groups))
+    return _Quantised(name, shape, files[blocks], files[scales])
+
+
+def _rows(form: _Form, parts: Sequence[Wanted]) -> Iterator[slice]:
+    """The slices of the first dimension, one after another, in which what is wanted lies."""
+    if not form.shape:
+        yield slice(0, 1)
+        return
+    step = max(1, SLICE_BYTES // max(1, form.row_bytes))
+    end = max(one.part[0].stop for one in parts)
+    for first in range(min(one.part[0].start for one in parts), end, step):
+        yield slice(first, min(first + step, end))
+
+
+def _read_rows(forms: Sequence[_Form], parts: Sequence[Wanted], rows: slice) -> int:
+    """Read what is wanted of these rows into the targets; the bytes of the targets that it filled."""
+    form, *tied = forms
+    clipped = [one.part if not form.shape else (_common(one.part[0], rows), *one.part[1:]) for one in parts]
+    needed = [part for part in clipped if all(one.stop > one.start for one in part)]
+    if not needed:
+        return 0
+    spanned = tuple(
+        slice(min(one.start for one in along), max(one.stop for one in along)) for along in zip(*needed, strict=True)
+    )
+    filled = 0
+    for place, values in form.values(spanned):
+        for other in tied:
+            _refuse_other(form, other, place, values.to(parts[0].target.dtype))
+        for one in parts:
+            common = tuple(_common(own, there) for own, there in zip(one.part, place, strict=True))
+            if any(along.stop <= along.start for along in common):
                 continue
-            tied = id(parameter) in filled
-            for rows, values in _slices(files, sources[name], tuple(parameter.shape)):
-                target = parameter[rows] if parameter.ndim else parameter
-                if tied:
-                    _refuse_other(target, values, name)
-                    continue
-                target.copy_(values)
-                bar.update(target.numel() * target.element_size())
-            filled.add(id(parameter))
+            target = one.target[_within(common, one.part)]
+            target.copy_(values[_within(common, place)])
+            filled += target.nbytes
+    return filled
+
+
+def _common(one: slice, other: slice) -> slice:
+    return slice(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _within(inner: Part, outer: Part) -> Part:
+    """The same values' place, counted from where ``outer`` begins."""
+    return tuple(slice(one.start - base.start, one.stop - base.start) for one, base in zip(inner, outer, strict=True))
+
+
+# --- which tensor is which parameter's --------------------------------------------------------------------------------
 
 
 def _sources(model: PreTrainedModel, files: Files) -> dict[str, str]:
@@ -105,34 +319,15 @@ def _sources(model: PreTrainedModel, files: Files) -> dict[str, str]:
     return sources
 
 
-def _slices(files: Files, name: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a parameter of ``shape``, one part after another, and their values."""
-    if name in files:
-        yield from _plain_slices(files[name], name, shape)
-        return
-    blocks_name, scales_name = name + _BLOCKS, name + _SCALES
-    if scales_name not in files:
-        raise ConfigError(f"{blocks_name} has no {scales_name} beside it: give a whole model")
-    with safe_open(files[blocks_name], "pt") as blocks_file, safe_open(files[scales_name], "pt") as scales_file:
-        blocks, scales = blocks_file.get_slice(blocks_name), scales_file.get_slice(scales_name)
-        experts, out, groups, half = blocks.get_shape()
-        _refuse_shape(name, (experts, groups * half * 2, out), shape)
-        for expert in range(experts):
-            values = dequantise(blocks[expert], scales[expert])
-            yield slice(expert, expert + 1), values.T.unsqueeze(0)
+def _of_one_file(file: TensorFile) -> Files:
+    return dict.fromkeys(file.names, file)
 
 
-def _plain_slices(path: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
-    with safe_open(path, "pt") as file:
-        stored = file.get_slice(name)
-        _refuse_shape(name, tuple(stored.get_shape()), shape)
-        if not shape:
-            yield slice(None), file.get_tensor(name)
-            return
-        step = max(1, SLICE_BYTES // max(1, 4 * math.prod(shape[1:])))
-        for first in range(0, shape[0], step):
-            rows = slice(first, min(first + step, shape[0]))
-            yield rows, stored[rows]
+def _weight_map(index: str) -> Mapping[str, str]:
+    """The file of each tensor, by an index's word."""
+    told: dict[str, Any] = json.loads(index)
+    named: dict[str, str] = told["weight_map"]
+    return named
 
 
 def _refuse_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -142,9 +337,11 @@ def _refuse_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -
         )
 
 
-def _refuse_other(filled: torch.Tensor, values: torch.Tensor, name: str) -> None:
-    if not torch.equal(filled, values.to(filled.dtype)):
-        raise ConfigError(
-            f"config.json ties {name} to another weight, and the files give it values of its own: "
-            "set tie_word_embeddings to false there"
-        )
+def _refuse_other(form: _Form, tied: _Form, place: Part, values: torch.Tensor) -> None:
+    """Refuse a tied parameter that has values of its own, of which ``values`` are the other's in this place."""
+    for part, others in tied.values(place):
+        if not torch.equal(values[_within(part, place)], others.to(values.dtype)):
+            raise ConfigError(
+                f"config.json ties {tied.name} to {form.name}, and the files give it values of its own: "
+                "set tie_word_embeddings to false there"
+            )

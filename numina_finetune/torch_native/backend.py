@@ -21,6 +21,7 @@ from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.models.precision import apply_precision, canonical_name
+from numina_finetune.models.stream import Weights, fill
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.loss import CausalLoss
@@ -65,7 +66,8 @@ class NativeBackend:
         self.chips = Chips(self.process_count, None)
         self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
 
-    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
+    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
+        fill(model, weights)
         if config.remat != "none":
             kept = {"context_fn": _keep_products} if config.remat == "dots" else {}
             model.activation_checkpointing_enable({"use_reentrant": False, **kept})

@@ -15,6 +15,7 @@ from numina_finetune.checkpoint.shards import Shard, ShardReader
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch
 from numina_finetune.mesh import MeshShape
+from numina_finetune.models.stream import Weights
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.speed import Chips
 
@@ -61,8 +62,12 @@ class Backend(Protocol):
 
     chips: Chips
 
-    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
-        """Move the model to the devices, shard it, and make its optimizer."""
+    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
+        """Move the model to the devices, shard it, and make its optimizer.
+
+        Args:
+            weights: the values of parameters that have none (``meta``); None leaves them to :meth:`restore`.
+        """
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
         """This process's rows of one micro-batch, on the devices."""

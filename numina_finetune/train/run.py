@@ -29,7 +29,7 @@ from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserE
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_model
-from numina_finetune.models.load import load_config, load_generation_config, load_model
+from numina_finetune.models.load import load_config, load_generation_config, open_model
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
@@ -144,9 +144,9 @@ class _Life:
             )
             return True
 
-        model = load_model(config, tokenizer, weights=not candidates)
+        model, weights = open_model(config, tokenizer, weights=not candidates)
         flops = token_flops(model, config.max_seq_length)
-        backend.place(model, config)
+        backend.place(model, config, weights)
         self.checkpoints = CheckpointManager(
             place.store,
             self.attempt.number,

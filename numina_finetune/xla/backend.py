@@ -23,15 +23,17 @@ from numina_finetune.checkpoint.shards import Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.model_defaults import default_mesh
+from numina_finetune.models.stream import Weights, progress
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.optim import named_state
 from numina_finetune.train.speed import Chips
 from numina_finetune.xla.optimizer import make_adamw
-from numina_finetune.xla.placement import RuntimeTensors, place_model, step_options
+from numina_finetune.xla.placement import place_model, step_options
 from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
 from numina_finetune.xla.state import SavePlanner, settle
 from numina_finetune.xla.step import train_step
+from numina_finetune.xla.tensors import RuntimeTensors
 
 
 class XlaBackend:
@@ -65,10 +67,11 @@ class XlaBackend:
         )
         self._traffic = TrafficCounter()
 
-    def place(self, model: PreTrainedModel, config: RunConfig) -> None:
-        tensors = RuntimeTensors(self._mesh, self.device)
+    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
         options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
-        self._placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
+        with progress(model.parameters()) as told:
+            tensors = RuntimeTensors(self._mesh, self.device, weights, told)
+            self._placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
         self._optimizer = make_adamw(self._placed, config, tensors)
         self._module = self.accelerator.prepare(self._placed.module.train())
         self._max_grad_norm = config.max_grad_norm

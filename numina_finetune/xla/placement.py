@@ -34,27 +34,16 @@ class Tensors(Protocol):
     def put(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
         """``tensor`` on the devices, split; no device ever holds all of it."""
 
+    def weight(self, members: Mapping[str, nn.Parameter], spec: PartitionSpec) -> torch.Tensor:
+        """The value of a parameter on the devices, split; or of several, stacked to ``[members, …]``.
+
+        Args:
+            members: by Hugging Face name; more than one are stacked. Without values (``meta``), they get those that
+                are stored for the names.
+        """
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, spec: PartitionSpec) -> torch.Tensor:
         """Zeros on the devices, split."""
-
-
-@dataclass(frozen=True)
-class RuntimeTensors:
-    """Tensors with values, on the devices at hand."""
-
-    mesh: xs.Mesh
-    device: torch.device
-
-    def put(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
-        moved = tensor.to(self.device)
-        xs.mark_sharding(moved, self.mesh, spec)
-        return moved
-
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, spec: PartitionSpec) -> torch.Tensor:
-        zeros = torch.zeros(shape, dtype=dtype, device=self.device)
-        if spec:
-            xs.mark_sharding(zeros, self.mesh, spec)
-        return zeros
 
 
 @dataclass(frozen=True)
@@ -149,8 +138,8 @@ def place_model(
 ) -> Placed:
     """Give ``model``, on the CPU or without values (``meta``), tensors on the mesh, and arrange it for training there.
 
-    The model is changed in place. Its tensors are moved one after another, so that besides the model itself no more
-    than one stack of them is in host memory.
+    The model is changed in place. Its tensors are made or moved one after another, so that besides what the model has
+    in host memory itself there are no more than this host's shards of one tensor, or of one stack.
     """
     stacking, dtype = stacking_for(model, options), COMPUTE_DTYPES[options.precision]
     specs, constraints = parameter_specs(model, shape, stacking), Constraints(mesh, shape)
@@ -180,7 +169,7 @@ def place_model(
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if parameter not in moved:
-            on_mesh = nn.Parameter(tensors.put(parameter.detach(), specs[name]), requires_grad=parameter.requires_grad)
+            on_mesh = nn.Parameter(tensors.weight({name: parameter}, specs[name]), parameter.requires_grad)
             moved[parameter] = placed[name] = on_mesh
         if owner is not decoder.embed_tokens:
             # On the CPU, because registering a parametrization ends in Tensor.set_, which freezes an XLA tensor.
@@ -226,15 +215,18 @@ def _scanned(
     own_specs: dict[str, PartitionSpec] = {}
     for place in range(stacking.period):
         for name in [name for name, _ in layers[place].named_parameters()]:
-            members = [layers[number].get_parameter(name) for number in range(place, len(layers), stacking.period)]
-            stacked = stacking.stacked_name(f"{prefix}.{place}.{name}")
-            stack = torch.stack([member.detach() for member in members])
+            numbers = range(place, len(layers), stacking.period)
+            members = {f"{prefix}.{number}.{name}": layers[number].get_parameter(name) for number in numbers}
+            stacked, like = stacking.stacked_name(f"{prefix}.{place}.{name}"), layers[place].get_parameter(name)
+            parameter = nn.Parameter(tensors.weight(members, specs[stacked]), requires_grad=like.requires_grad)
             # What is on the devices is not kept on the host as well: 36 layers in fp32 are most of its memory.
-            for number in range(place, len(layers), stacking.period):
+            for number in numbers:
                 owner, _, leaf = name.rpartition(".")
-                layer_owner = layers[number].get_submodule(owner)
-                setattr(layer_owner, leaf, nn.Parameter(members[0].detach().to("meta"), members[0].requires_grad))
-            parameter = nn.Parameter(tensors.put(stack, specs[stacked]), requires_grad=members[0].requires_grad)
+                setattr(
+                    layers[number].get_submodule(owner),
+                    leaf,
+                    nn.Parameter(like.detach().to("meta"), like.requires_grad),
+                )
             placed[stacked] = weights[f"{place}.{name}"] = parameter
             own_specs[f"{place}.{name}"] = specs[stacked][1:]
     return ScannedLayers(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from numina_finetune.config import MESH_AXES, RunConfig
@@ -58,6 +59,10 @@ class _Placeholders:
 
     def put(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
         return placeholder(tuple(tensor.shape), tensor.dtype)
+
+    def weight(self, members: Mapping[str, nn.Parameter], spec: PartitionSpec) -> torch.Tensor:
+        (like, *others) = members.values()
+        return placeholder((len(members), *like.shape) if others else tuple(like.shape), like.dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, spec: PartitionSpec) -> torch.Tensor:
         return placeholder(shape, dtype)

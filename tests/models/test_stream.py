@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +14,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3Config,
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -30,23 +26,7 @@ from numina_finetune.models.builtin import TINY_TOKENIZER
 from numina_finetune.models.load import load_config, load_model
 from numina_finetune.models.mxfp4 import dequantise
 from tests.conftest import ROOT, environment
-from tests.reference import gpt_oss_config
-
-DENSE: dict[str, Any] = {
-    "vocab_size": 1024,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-CONFIGS = {
-    "qwen3, tied": Qwen3Config(**DENSE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**DENSE, tie_word_embeddings=False),
-    "llama": LlamaConfig(**DENSE, tie_word_embeddings=False),
-    "gpt-oss": gpt_oss_config(8),
-}
+from tests.models.folders import CONFIGS, quantise_randomly, save
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +37,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "SLICE_BYTES", 1000)
-
-
-def save(config: PretrainedConfig, folder: Path, **options: Any) -> PreTrainedModel:
-    """A model with random weights, in a folder; of a vocabulary that the embedded tokenizer fits."""
-    torch.manual_seed(0)
-    config.vocab_size = 1024
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, **options)
-    return model
 
 
 def assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
@@ -104,21 +75,6 @@ def test_other_ways_to_name_the_same_weights_are_understood(
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same(load_model(RunConfig(model_name=str(tmp_path), precision="pure-bf16"), tokenizer), expected)
-
-
-def quantise_randomly(folder: Path) -> None:
-    """Put random packed experts in place of the model's own, as gpt-oss is released."""
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inner, out = weights.pop(name).shape
-        packed, shared = (experts, out, inner // 32, 16), (experts, out, inner // 32)
-        weights[f"{name}_blocks"] = torch.randint(0, 256, packed, generator=generator, dtype=torch.uint8)
-        weights[f"{name}_scales"] = torch.randint(110, 130, shared, generator=generator, dtype=torch.uint8)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "pure-bf16"])
@@ -168,7 +124,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path, tokenizer: PreTrai
     assert f"{last} is [96, 63] in the model's files, [96, 64]" in refused(
         weights | {last: weights[last][:, 1:].contiguous()}
     )
-    assert "ties lm_head.weight to another weight" in refused(
+    assert "ties lm_head.weight to model.embed_tokens.weight" in refused(
         weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
     )
 

@@ -24,8 +24,9 @@ from numina_finetune.models import precision
 from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.xla import loss as loss_module
-from numina_finetune.xla.placement import RuntimeTensors, StepOptions, place_model
+from numina_finetune.xla.placement import StepOptions, place_model
 from numina_finetune.xla.runtime import BATCH_SPEC, build_mesh, start_spmd
+from numina_finetune.xla.tensors import RuntimeTensors
 from tests.reference import (
     LENGTH,
     ROWS,
