@@ -1,4 +1,4 @@
-"""Parts of tensors out of safetensors files, on this disk or in a store: only the bytes that a part spans are read.
+"""Parts of tensors out of safetensors files, wherever their bytes are: only what a part spans of them is read.
 
 A file is eight bytes with the length of its header, the header (JSON: each tensor's type, shape and place), and the
 tensors' bytes, row-major.
@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 
 from numina_finetune.errors import ConfigError
-from numina_finetune.storage import Entry, NotFound, Store
 
 Part = tuple[slice, ...]
 """``start`` and ``stop`` along each dimension."""
@@ -57,21 +56,6 @@ class LocalBytes:
         with self._path.open("rb") as file:  # pages that are written to would be copied; none is
             mapped = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=start - begin)
-
-
-class StoredBytes:
-    """An object in a store, in the generation that was found; one request a range."""
-
-    def __init__(self, store: Store, entry: Entry) -> None:
-        self.address, self.size = store.address(entry.name), entry.size
-        self._store, self._entry = store, entry
-
-    def read(self, start: int, end: int) -> torch.Tensor:
-        try:
-            data = self._store.read(self._entry.name, generation=self._entry.generation, start=start, end=end)
-        except NotFound as error:
-            raise ConfigError(f"{error}: it was replaced or deleted while it was read; begin again") from error
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

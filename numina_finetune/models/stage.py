@@ -16,12 +16,13 @@ import fnmatch
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import google_crc32c
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -35,8 +36,27 @@ from numina_finetune.claims import Claim
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.models.builtin import BUILTIN
 from numina_finetune.models.hub import resolve_name
-from numina_finetune.models.staged import STAGED, Facts, Files, Record, missing_files, read_record
-from numina_finetune.storage import Damaged, PreconditionFailed, StorageError, Store, crc32c, open_store
+from numina_finetune.models.staged import (
+    BLOCK,
+    STAGED,
+    Facts,
+    Files,
+    Record,
+    block_checksums,
+    is_weights,
+    missing_files,
+    read_record,
+)
+from numina_finetune.storage import (
+    TRANSFER_CHUNK,
+    Damaged,
+    Entry,
+    PreconditionFailed,
+    StorageError,
+    Store,
+    crc32c,
+    open_store,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +69,7 @@ _LEFT = ("consolidated*", "trainer_state.json")
 """Of these, the weights once more in another layout, and what a training left."""
 _COPIES = 2
 """Files on their way into the store at a time; so much disk is needed where they come from the hub."""
-_HASHED = 1 << 22
+_HASHED = 4 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -224,10 +244,12 @@ def _stage(store: Store, origin: _Origin) -> None:
     """Copy what is not there yet, then say what is there."""
     source = _pin(store, origin)
     with TemporaryDirectory(prefix="numina-stage-") as folder:
-        scratch = Path(folder)
+        scratch, blocks = Path(folder), dict[str, str]()
 
         def copy(file: str) -> str:
             path = origin.get(file, source.commit, scratch)
+            if is_weights(file):
+                blocks[file] = block_checksums(_chunks(path))
             _store(store, file, source.files[file], path)
             if path.is_relative_to(scratch):
                 path.unlink()
@@ -238,7 +260,13 @@ def _stage(store: Store, origin: _Origin) -> None:
         for number, file in enumerate(in_order(copy, order, threads=_COPIES, ahead=_COPIES), 1):
             logger.info("%s: %d of %d, %.2f GB", file, number, len(order), source.files[file].size / 1e9)
     present = {entry.name: entry for entry in store.list()}
-    files = {name: replace(facts, crc32c=present[name].crc32c) for name, facts in source.files.items()}
+    for name, facts in source.files.items():
+        if is_weights(name) and name not in blocks:  # copied by an earlier try, which may have come to its record
+            blocks[name] = facts.blocks or block_checksums(_stored_chunks(store, present[name]))
+    files = {
+        name: replace(facts, crc32c=present[name].crc32c, blocks=blocks.get(name))
+        for name, facts in source.files.items()
+    }
     _refuse_lacking_shards(store, files)
     before = store.stat(STAGED)
     try:
@@ -279,9 +307,26 @@ def _refuse_lacking_shards(store: Store, files: Files) -> None:
             raise ConfigError(f"the model lacks {', '.join(lacking)}, which its {name} names: give a whole model")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_HASHED):
-            digest.update(chunk)
+            yield chunk
+
+
+def _stored_chunks(store: Store, entry: Entry) -> Iterator[bytes]:
+    """An object's bytes; Damaged is raised after the last where they do not have its checksum."""
+    found = google_crc32c.Checksum()
+    for start in range(0, entry.size, TRANSFER_CHUNK):
+        end = min(start + TRANSFER_CHUNK, entry.size)
+        chunk = store.read(entry.name, generation=entry.generation, start=start, end=end)
+        found.update(chunk)
+        yield chunk
+    if bytes(found.digest()).hex() != entry.crc32c:
+        raise Damaged(f"{store.address(entry.name)} did not come as it is stored")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from numina_finetune.checkpoint.parallel import in_order
 from numina_finetune.errors import ConfigError
 from numina_finetune.models.mxfp4 import GROUP, dequantise
-from numina_finetune.models.ranges import LocalBytes, Part, StoredBytes, TensorFile
+from numina_finetune.models.ranges import LocalBytes, Part, TensorFile
 from numina_finetune.models.staged import open_staged
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def staged_weights(url: str) -> Files:
         ConfigError: there is no staged model, or its weights are not what was staged.
     """
     staged = open_staged(url)
-    opened = {entry.name: TensorFile(StoredBytes(staged.store, entry)) for entry in staged.weights()}
+    opened = {name: TensorFile(file) for name, file in staged.weights().items()}
     if SAFE_WEIGHTS_NAME in opened:
         return _of_one_file(opened[SAFE_WEIGHTS_NAME])
     named = _weight_map(staged.store.read(SAFE_WEIGHTS_INDEX_NAME).decode())
@@ -162,14 +162,14 @@ class StoredWeights:
         by_name: dict[str, list[Wanted]] = {}
         for one in wanted:
             by_name.setdefault(one.name, []).append(one)
-        slices = ((name, rows) for name, parts in by_name.items() for rows in _rows(self._forms[name][0], parts))
+        spans = [(name, span) for name, parts in by_name.items() for span in _spans(self._forms[name][0], parts)]
 
-        def read(task: tuple[str, slice]) -> int:
-            name, rows = task
-            return _read_rows(self._forms[name], by_name[name], rows)
+        def fetch(task: tuple[str, Part]) -> list[_Raw]:
+            name, span = task
+            return [form.fetch(span) for form in self._forms[name]]
 
-        for count in in_order(read, slices, threads=READERS, ahead=READERS):
-            told(count)
+        for (name, span), raws in zip(spans, in_order(fetch, spans, threads=READERS, ahead=READERS), strict=True):
+            told(_distribute(self._forms[name], raws, span, by_name[name]))
 
 
 # --- how a parameter is stored ----------------------------------------------------------------------------------------
@@ -189,9 +189,13 @@ class _Plain:
         """Stored bytes for one index of the first dimension."""
         return math.prod(self.shape[1:]) * self.file.item_bytes(self.name)
 
-    def values(self, part: Part) -> Iterator[tuple[Part, torch.Tensor]]:
+    def fetch(self, part: Part) -> _Raw:
+        """What is stored of the part."""
+        return (self.file.read(self.name, part),)
+
+    def values(self, part: Part, raw: _Raw) -> Iterator[tuple[Part, torch.Tensor]]:
         """The part's values, in pieces: each with its place in the parameter."""
-        yield part, self.file.read(self.name, part)
+        yield part, raw[0]
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,15 @@ class _Quantised:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) // 2
 
-    def values(self, part: Part) -> Iterator[tuple[Part, torch.Tensor]]:
+    def fetch(self, part: Part) -> _Raw:
         experts, inner, out = part
-        groups = slice(inner.start // GROUP, -(-inner.stop // GROUP))
+        groups = _groups(inner)
         blocks = self.blocks.read(self.name + _BLOCKS, (experts, out, groups, slice(0, GROUP // 2)))
-        scales = self.scales.read(self.name + _SCALES, (experts, out, groups))
-        cut = slice(inner.start - groups.start * GROUP, inner.stop - groups.start * GROUP)
+        return blocks, self.scales.read(self.name + _SCALES, (experts, out, groups))
+
+    def values(self, part: Part, raw: _Raw) -> Iterator[tuple[Part, torch.Tensor]]:
+        (experts, inner, out), (blocks, scales) = part, raw
+        cut = slice(inner.start % GROUP, inner.start % GROUP + inner.stop - inner.start)
         step = max(1, DEQUANTISED // max(1, blocks[:, :1].numel() * 2))
         for first in range(0, out.stop - out.start, step):
             some = slice(first, first + step)
@@ -224,7 +231,14 @@ class _Quantised:
             yield (experts, inner, slice(begin, begin + found.shape[2])), found
 
 
+def _groups(inner: slice) -> slice:
+    """The quantised groups that hold these values."""
+    return slice(inner.start // GROUP, -(-inner.stop // GROUP))
+
+
 _Form = _Plain | _Quantised
+_Raw = tuple[torch.Tensor, ...]
+"""Stored values of a part: as they are, or blocks and scales."""
 
 
 def _form(files: Files, name: str, shape: tuple[int, ...]) -> _Form:
@@ -245,39 +259,45 @@ def _form(files: Files, name: str, shape: tuple[int, ...]) -> _Form:
     return _Quantised(name, shape, files[blocks], files[scales])
 
 
-def _rows(form: _Form, parts: Sequence[Wanted]) -> Iterator[slice]:
-    """The slices of the first dimension, one after another, in which what is wanted lies."""
+def _spans(form: _Form, parts: Sequence[Wanted]) -> Iterator[Part]:
+    """What is to be read for these parts, one slice of the first dimension after another."""
     if not form.shape:
-        yield slice(0, 1)
+        yield ()
         return
     step = max(1, SLICE_BYTES // max(1, form.row_bytes))
     end = max(one.part[0].stop for one in parts)
     for first in range(min(one.part[0].start for one in parts), end, step):
-        yield slice(first, min(first + step, end))
+        rows = slice(first, min(first + step, end))
+        touched = [part for one in parts if not _is_empty(part := (_common(one.part[0], rows), *one.part[1:]))]
+        if touched:
+            yield tuple(
+                slice(min(one.start for one in along), max(one.stop for one in along))
+                for along in zip(*touched, strict=True)
+            )
 
 
-def _read_rows(forms: Sequence[_Form], parts: Sequence[Wanted], rows: slice) -> int:
-    """Read what is wanted of these rows into the targets; the bytes of the targets that it filled."""
-    form, *tied = forms
-    clipped = [one.part if not form.shape else (_common(one.part[0], rows), *one.part[1:]) for one in parts]
-    needed = [part for part in clipped if all(one.stop > one.start for one in part)]
-    if not needed:
-        return 0
-    spanned = tuple(
-        slice(min(one.start for one in along), max(one.stop for one in along)) for along in zip(*needed, strict=True)
-    )
+def _distribute(forms: Sequence[_Form], raws: Sequence[_Raw], span: Part, parts: Sequence[Wanted]) -> int:
+    """Give each target its part of what was read; the bytes of the targets that were filled.
+
+    Args:
+        forms: the parameter's, and those of others that are tied to it.
+        raws: what was read of ``span`` of each.
+    """
     filled = 0
-    for place, values in form.values(spanned):
-        for other in tied:
-            _refuse_other(form, other, place, values.to(parts[0].target.dtype))
+    for place, values in forms[0].values(span, raws[0]):
+        for other, raw in zip(forms[1:], raws[1:], strict=True):
+            _refuse_other(forms[0], other, values, next(other.values(place, raw))[1], parts[0].target.dtype)
         for one in parts:
             common = tuple(_common(own, there) for own, there in zip(one.part, place, strict=True))
-            if any(along.stop <= along.start for along in common):
-                continue
-            target = one.target[_within(common, one.part)]
-            target.copy_(values[_within(common, place)])
-            filled += target.nbytes
+            if not _is_empty(common):
+                target = one.target[_within(common, one.part)]
+                target.copy_(values[_within(common, place)])
+                filled += target.nbytes
     return filled
+
+
+def _is_empty(part: Part) -> bool:
+    return any(one.stop <= one.start for one in part)
 
 
 def _common(one: slice, other: slice) -> slice:
@@ -337,11 +357,10 @@ def _refuse_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -
         )
 
 
-def _refuse_other(form: _Form, tied: _Form, place: Part, values: torch.Tensor) -> None:
-    """Refuse a tied parameter that has values of its own, of which ``values`` are the other's in this place."""
-    for part, others in tied.values(place):
-        if not torch.equal(values[_within(part, place)], others.to(values.dtype)):
-            raise ConfigError(
-                f"config.json ties {tied.name} to {form.name}, and the files give it values of its own: "
-                "set tie_word_embeddings to false there"
-            )
+def _refuse_other(form: _Form, tied: _Form, values: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse a tied parameter that has values of its own."""
+    if not torch.equal(values.to(dtype), others.to(dtype)):
+        raise ConfigError(
+            f"config.json ties {tied.name} to {form.name}, and the files give it values of its own: "
+            "set tie_word_embeddings to false there"
+        )

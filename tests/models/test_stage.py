@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ from numina_finetune import cli
 from numina_finetune.errors import ConfigError
 from numina_finetune.models.builtin import TINY_TOKENIZER, tiny_config
 from numina_finetune.models.stage import stage_model
-from numina_finetune.models.staged import staged_model
+from numina_finetune.models.staged import open_staged
+from numina_finetune.models.stream import StoredWeights, fill, staged_weights
 from numina_finetune.storage import Store, open_store
 from tests.conftest import ROOT, environment
 from tests.gcs import Gcs, gcs
@@ -81,6 +83,19 @@ def files_of(model: Path) -> list[str]:
     return sorted(path.name for path in model.iterdir() if path.is_file() and path.name != "optimizer.pt")
 
 
+def assert_comes_back(url: str, model: Path, local: Path) -> None:
+    """By its name in the store: weights by ranges, all else as a folder."""
+    folder = open_staged(url).download(local)
+    names = [name for name in files_of(model) if not name.endswith(".safetensors")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert AutoTokenizer.from_pretrained(folder)("48/2 = 24")["input_ids"]
+    expected = AutoModelForCausalLM.from_pretrained(model)
+    own = copy.deepcopy(expected).to("meta")
+    own.tie_weights()  # moving took them apart
+    fill(own, StoredWeights(own, staged_weights(url)))
+    assert all(torch.equal(tensor, own.get_parameter(name)) for name, tensor in expected.named_parameters())
+
+
 def assert_same_model(folder: Path, model: Path) -> None:
     own, other = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, folder))
     assert own.keys() == other.keys()
@@ -103,21 +118,19 @@ def test_a_staged_model_comes_back_by_the_name_that_was_printed(
 ) -> None:
     assert cli.run_command(["stage", "--model_name", str(model), "--output_dir", place]) == 0
     name = capsys.readouterr().out.split("--model-name ")[1].strip()
-    folder = staged_model(name, tmp_path / "local")
-    assert sorted(path.name for path in folder.iterdir()) == files_of(model)
-    assert_same_model(folder, model)
+    assert_comes_back(name, model, tmp_path / "local")
     if not name.startswith("gs://"):
         assert_same_model(Path(name), model)
 
 
 def test_staging_and_downloading_again_moves_nothing(service: Gcs, bucket: str, model: Path, tmp_path: Path) -> None:
     first = stage_model(str(model), None, bucket)
-    folder = staged_model(first.url, tmp_path / "local")
+    folder = open_staged(first.url).download(tmp_path / "local")
     assert first.new and uploaded(service) == files_of(model)
     service.clear()
     again = stage_model(str(model), None, bucket)
     assert (again.new, again.url, again.files) == (False, first.url, first.files)
-    assert staged_model(first.url, tmp_path / "local") == folder
+    assert open_staged(first.url).download(tmp_path / "local") == folder
     assert uploaded(service) == [] and service.count(r"alt=media.*safetensors|safetensors.*alt=media") == 0
 
 
@@ -142,11 +155,12 @@ def test_staging_that_was_refused_halfway_goes_on_and_until_then_does_not_exist(
         stage_model(str(model), None, bucket)
     there = {name.rpartition("/")[2] for name in open_store(bucket).names()}
     with pytest.raises(ConfigError, match="no staged model"):
-        staged_model(f"{bucket}/small", tmp_path / "local")
+        open_staged(f"{bucket}/small")
     service.clear()
     assert stage_model(str(model), None, bucket).new
     assert uploaded(service) == sorted(set(files_of(model)) - there)
     assert there & set(files_of(model)), "something had been copied before"
+    assert_comes_back(f"{bucket}/small", model, tmp_path / "local")
 
 
 def test_staging_that_was_killed_is_taken_over(service: Gcs, bucket: str, model: Path, tmp_path: Path) -> None:
@@ -167,34 +181,37 @@ def test_staging_that_was_killed_is_taken_over(service: Gcs, bucket: str, model:
     staged = stage_model(str(model), None, bucket, poll_seconds=0.1, claim_seconds=1.5)
     assert time.monotonic() - began > 1.5, "the claim is respected for as long as its holder may live"
     assert f"{SHARDS}3" in " ".join(uploaded(service)) and "config.json" not in uploaded(service)
-    assert_same_model(staged_model(staged.url, tmp_path / "local"), model)
+    assert_comes_back(staged.url, model, tmp_path / "local")
 
 
 def test_a_download_that_was_cut_short_goes_on(service: Gcs, bucket: str, model: Path, tmp_path: Path) -> None:
-    url = stage_model(str(model), None, bucket).url
+    staged = open_staged(stage_model(str(model), None, bucket).url)
     service.clear()
-    service.fault(403, f"GET .*{SHARDS}3.*alt=media")
-    with pytest.raises(ConfigError, match=f"{SHARDS}3"):
-        staged_model(url, tmp_path / "local")
+    service.fault(403, "GET .*tokenizer.json.*alt=media")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        staged.download(tmp_path / "local")
     assert not [path for path in (tmp_path / "local").iterdir() if not path.name.startswith(".")]
     time.sleep(1)  # for the files that were under way
     there = [path.name for path in (tmp_path / "local").glob(".*.partial/[!.]*")]
     assert there
     service.clear()
-    assert_same_model(staged_model(url, tmp_path / "local"), model)
+    staged.download(tmp_path / "local")
     assert [name for name in there if service.count(rf"GET \S*/{name} .*alt=media")] == []
-    assert service.count(rf"GET .*{SHARDS}3.*alt=media") == 1
+    assert service.count("GET .*tokenizer.json.*alt=media") == 1
+    assert_comes_back(staged.store.url, model, tmp_path / "local")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_damaged_on_their_way_are_fetched_again(service: Gcs, bucket: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", [f"{SHARDS}2", "tokenizer.json"])
+def test_bytes_damaged_on_their_way_are_fetched_again(
+    service: Gcs, bucket: str, model: Path, tmp_path: Path, what: str
+) -> None:
     url = stage_model(str(model), None, bucket).url
-    fault = service.fault("corrupt", f"GET .*{SHARDS}2.*alt=media")
-    folder = staged_model(url, tmp_path / "local")
+    fault = service.fault("corrupt", f"GET .*{what}.*alt=media")
+    assert_comes_back(url, model, tmp_path / "local")
     assert fault.times == 0
-    assert_same_model(folder, model)
 
 
 @pytest.mark.parametrize("how", ["damaged", "missing"])
@@ -209,19 +226,19 @@ def test_what_is_no_longer_what_was_staged_is_refused_and_staging_again_mends_it
     else:
         store.delete(name)
     with pytest.raises(ConfigError, match=name) as refused:
-        staged_model(url, tmp_path / "local")
+        staged_weights(url)
     assert "stage" in str(refused.value)
     assert stage_model(str(model), None, place).new
-    assert_same_model(staged_model(url, tmp_path / "local"), model)
+    assert_comes_back(url, model, tmp_path / "local")
 
 
 def test_a_copied_place_is_as_good_as_the_first(bucket: str, model: Path, tmp_path: Path) -> None:
     """Object generations differ there; the bytes do not."""
     store = open_store(stage_model(str(model), None, bucket).url)
-    copy = open_store(f"{bucket}/elsewhere")
+    elsewhere = open_store(f"{bucket}/elsewhere")
     for name in store.names():
-        copy.write(name, store.read(name))
-    assert_same_model(staged_model(copy.url, tmp_path / "local"), model)
+        elsewhere.write(name, store.read(name))
+    assert_comes_back(elsewhere.url, model, tmp_path / "local")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -257,7 +274,7 @@ def test_what_is_no_whole_model_is_refused(model: Path, tmp_path: Path, lacking:
     with pytest.raises(ConfigError, match=said):
         stage_model(str(part), None, str(tmp_path / "staged"))
     with pytest.raises(ConfigError, match="no staged model"):
-        staged_model(str(tmp_path / "staged" / "part"), tmp_path / "local")
+        open_staged(str(tmp_path / "staged" / "part"))
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3", "./absent", "gs://bucket/model"])
@@ -411,4 +428,4 @@ def test_a_hub_model_is_staged_from_one_commit_checked_and_never_asked_for_again
         assert hub.requests == []
     url = out.split("--model-name ")[1].split()[0]
     assert url == f"{bucket}/someone--small"
-    assert_same_model(staged_model(url, tmp_path / "local"), model)
+    assert_comes_back(url, model, tmp_path / "local")

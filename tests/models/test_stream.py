@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +23,16 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
-from numina_finetune.models import stream
+from numina_finetune.models import staged, stream
 from numina_finetune.models.builtin import TINY_TOKENIZER
-from numina_finetune.models.load import load_config, load_model
+from numina_finetune.models.load import load_config, load_model, open_model
 from numina_finetune.models.mxfp4 import dequantise
+from numina_finetune.models.ranges import LocalBytes, TensorFile
+from numina_finetune.models.stage import stage_model
+from numina_finetune.models.stream import Wanted
+from numina_finetune.storage import GcsStore
 from tests.conftest import ROOT, environment
+from tests.gcs import gcs
 from tests.models.folders import CONFIGS, quantise_randomly, save
 
 
@@ -37,6 +44,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(stream, "DEQUANTISED", 500)
 
 
 def assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
@@ -127,6 +135,184 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path, tokenizer: PreTrai
     assert "ties lm_head.weight to model.embed_tokens.weight" in refused(
         weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
     )
+
+
+def test_a_file_that_is_cut_short_is_refused_with_its_name_and_the_tensors(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """And once it is whole, the load begins anew, whatever was read before."""
+    expected = save(CONFIGS["qwen3"], tmp_path)
+    path, run = tmp_path / "model.safetensors", RunConfig(model_name=str(tmp_path), precision="pure-bf16")
+    data = path.read_bytes()
+
+    def refused(changed: bytes) -> str:
+        path.write_bytes(changed)
+        with pytest.raises(ConfigError) as caught:
+            load_model(run, tokenizer)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    assert f"{last} ends at byte {len(data)}, the file at {len(data) - 100}" in refused(data[:-100])
+    for damaged in (data[:100], b"", b"<html>" + data[6:], data.replace(b'"BF16"', b'"BF1"', 1)):
+        assert "damaged or cut short" in refused(damaged)
+    assert "is of type I64" in refused(data.replace(b'"BF16"', b'"I64" ', 1))
+    assert "bytes for F32" in refused(data.replace(b'"BF16"', b'"F32" '))
+    path.write_bytes(data)
+    assert_same(load_model(run, tokenizer), expected)
+
+
+def test_a_file_that_loses_its_end_while_it_is_read_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(CONFIGS["qwen3"], tmp_path)
+    run, whole = RunConfig(model_name=str(tmp_path)), LocalBytes.read
+    model, weights = open_model(run, tokenizer)
+    monkeypatch.setattr(LocalBytes, "read", lambda self, start, end: whole(self, start, end)[:-1])
+    with pytest.raises(ConfigError, match=r"ends before byte .*copy or download it again"):
+        stream.fill(model, weights)
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    save(CONFIGS["qwen3"], tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))
+    first, *_, last = sorted(set(named["weight_map"].values()))
+    name = next(name for name, file in named["weight_map"].items() if file == first)
+    named["weight_map"][name] = last
+    index.write_text(json.dumps(named), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{last} lacks {name}, which its index names"):
+        load_model(RunConfig(model_name=str(tmp_path)), tokenizer)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Bytes that are read of files on this disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        plain = LocalBytes.read
+
+        def read(this: LocalBytes, start: int, end: int) -> torch.Tensor:
+            self.count += end - start
+            return plain(this, start, end)
+
+        monkeypatch.setattr(LocalBytes, "read", read)
+
+
+def cut(tensor: torch.Tensor, axis: int, parts: int) -> list[tuple[slice, ...]]:
+    """The parts that so many hosts hold of a tensor that is split along one dimension."""
+    step = tensor.shape[axis] // parts
+    own = (slice(step * number, step * (number + 1)) for number in range(parts))
+    whole = stream.whole(tensor.shape)
+    return [(*whole[:axis], one, *whole[axis + 1 :]) for one in own]
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "hosts", "share"),
+    [
+        ("model.embed_tokens.weight", 0, 4, 1 / 4),
+        ("model.embed_tokens.weight", 1, 4, 1.0),  # a part of each row: what lies between is read too
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", 0, 2, 1 / 2),
+        ("model.layers.1.mlp.experts.gate_up_proj", 0, 4, 1 / 4),
+        ("model.layers.1.mlp.experts.gate_up_proj", 2, 4, 1 / 4),
+        ("model.layers.1.mlp.experts.gate_up_proj", 1, 8, 1.0),  # a quarter of a group: all of it is dequantised
+        ("model.layers.1.mlp.experts.down_proj", 1, 4, 1.0),
+    ],
+)
+def test_a_host_reads_no_more_than_its_part_spans(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    axis: int,
+    hosts: int,
+    share: float,
+) -> None:
+    save(CONFIGS["gpt-oss"], tmp_path)
+    quantise_randomly(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).get_parameter(name)
+    _, weights = open_model(RunConfig(model_name=str(tmp_path)), tokenizer)
+    assert weights is not None
+    header = TensorFile(LocalBytes(tmp_path / "model.safetensors"))
+    own = [stored for stored in header.names if stored.removesuffix("_blocks").removesuffix("_scales") == name]
+    stored = sum(math.prod(header.shape(one)) * header.item_bytes(one) for one in own)
+    counted = Counted(monkeypatch)
+    for part in cut(expected, axis, hosts):
+        found, before = torch.empty_like(expected[part]), counted.count
+        weights.read([Wanted(name, part, found)])
+        assert torch.equal(found, expected[part])
+        assert counted.count - before <= stored * share
+
+
+def test_what_several_devices_hold_is_read_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = save(CONFIGS["gpt-oss"], tmp_path)
+    _, weights = open_model(RunConfig(model_name=str(tmp_path)), tokenizer)
+    assert weights is not None
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensor = expected.get_parameter(name)
+    parts = [part for axis in range(3) for part in cut(tensor, axis, 4)]
+    targets = [torch.empty_like(tensor[part]) for part in parts]
+    counted = Counted(monkeypatch)
+    weights.read([Wanted(name, part, target) for part, target in zip(parts, targets, strict=True)])
+    assert all(torch.equal(target, tensor[part]) for part, target in zip(parts, targets, strict=True))
+    assert counted.count == tensor.nbytes
+
+
+def test_without_weights_none_are_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a resume, which takes them from its checkpoint."""
+    save(CONFIGS["qwen3"], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model, weights = open_model(RunConfig(model_name=str(tmp_path)), tokenizer, weights=False)
+    assert weights is None and all(parameter.is_meta for parameter in model.parameters())
+    stream.fill(model, weights)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("files", ["one file", "many files"])
+def test_of_a_model_in_a_bucket_only_the_ranges_that_are_needed_are_fetched(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    folder = tmp_path / "source"
+    save(CONFIGS["gpt-oss"], folder, **({"max_shard_size": "100KB"} if files == "many files" else {}))
+    if files == "one file":
+        quantise_randomly(folder)
+    tokenizer.save_pretrained(folder)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(staged, "BLOCK", 256)
+    fetched: list[int] = []
+    plain = GcsStore.read
+
+    def read(self: GcsStore, name: str, **options: Any) -> bytes:
+        data = plain(self, name, **options)
+        fetched.append(len(data) if name.endswith(".safetensors") else 0)
+        return data
+
+    with gcs() as service:
+        url = stage_model(str(folder), None, f"{service.url}/models").url
+        monkeypatch.setattr(GcsStore, "read", read)
+        model, weights = open_model(RunConfig(model_name=url), tokenizer)
+        assert weights is not None
+        headers = sum(fetched)
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        one = (slice(3, 4), slice(0, 64), slice(0, 64))
+        found, before = torch.empty(1, 64, 64), len(fetched)
+        weights.read([Wanted(name, one, found)])
+        assert torch.equal(found, expected.get_parameter(name)[3:4])
+        requests = 2 if files == "one file" else 1  # blocks and scales
+        assert len(fetched) - before == requests
+        assert sum(fetched) - headers <= 64 * 64 * 2 + 2 * requests * 256, "the expert, and the blocks around it"
+        stream.fill(model, weights)
+    assert_same(model, expected)
 
 
 def test_weights_quantised_in_another_way_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
