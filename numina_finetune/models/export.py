@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from numina_finetune import storage
 from numina_finetune.checkpoint.shards import ShardReader
+from numina_finetune.models.ranges import LENGTH_BYTES, STORED_TYPES
 
 logger = logging.getLogger(__name__)
 
 _MODEL = "model."
 """Where a checkpoint keeps the weights; the optimizer lies beside it."""
 MAX_SHARD = "5GB"
+_ALIGNMENT = 8
+"""Of the first tensor in a file, as the format's own writer has it."""
+_CAST = 2**24
+"""Values that are cast to the written type at a time."""
 
 
 def export_model(
@@ -65,12 +73,35 @@ def weight_shapes(shards: ShardReader) -> dict[str, tuple[int, ...]]:
 
 
 def _write_weights(shards: ShardReader, folder: Path, dtype: torch.dtype) -> None:
-    """Shard by shard, so that no more than one output file is ever in memory."""
+    """Tensor by tensor, so that no more than one is ever in memory."""
     planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in weight_shapes(shards).items()}
     split = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD)
     for filename, names in split.filename_to_tensors.items():
-        tensors = {name: read_weight(shards, name).to(dtype) for name in names}
-        save_file(tensors, folder / filename, metadata={"format": "pt"})
+        _write_file(folder / filename, {name: planned[name] for name in names}, lambda name: read_weight(shards, name))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         storage.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_file(path: Path, planned: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
+    """Write a safetensors file (see `numina_finetune.models.ranges`), durably.
+
+    Args:
+        planned: shape and type of each tensor, by name.
+        read: gives a tensor, of any type; it is written before the next one is asked for.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, like in planned.items():
+        start, end = end, end + like.nbytes
+        told = {"dtype": STORED_TYPES[like.dtype], "shape": list(like.shape), "data_offsets": [start, end]}
+        header[name] = told
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for name, like in planned.items():
+            for part in torch.split(read(name).reshape(-1), _CAST):
+                file.write(part.to(like.dtype).contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -28,7 +28,10 @@ _TYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
 }
-_LENGTH = 8
+STORED_TYPES = {dtype: name for name, dtype in _TYPES.items()}
+"""The format's names of types."""
+LENGTH_BYTES = 8
+"""Of the header's length, in front of it, little-endian."""
 _LONGEST_HEADER = 10**8
 """What the format allows."""
 
@@ -124,13 +127,13 @@ class TensorFile:
     @cached_property
     def _places(self) -> dict[str, _Place]:
         try:
-            if self._data.size < _LENGTH:
+            if self._data.size < LENGTH_BYTES:
                 raise ValueError(f"the file has {self._data.size} bytes")
-            length = int.from_bytes(self._data.read(0, _LENGTH).numpy().tobytes(), "little")
-            if not 0 < length <= min(_LONGEST_HEADER, self._data.size - _LENGTH):
+            length = int.from_bytes(self._data.read(0, LENGTH_BYTES).numpy().tobytes(), "little")
+            if not 0 < length <= min(_LONGEST_HEADER, self._data.size - LENGTH_BYTES):
                 raise ValueError(f"its header would have {length} bytes")
-            begin = _LENGTH + length
-            header = json.loads(self._data.read(_LENGTH, begin).numpy().tobytes())
+            begin = LENGTH_BYTES + length
+            header = json.loads(self._data.read(LENGTH_BYTES, begin).numpy().tobytes())
             return {
                 name: _Place(told["dtype"], tuple(told["shape"]), *(begin + end for end in told["data_offsets"]))
                 for name, told in header.items()
