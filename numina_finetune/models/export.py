@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -101,7 +101,11 @@ def _write_file(path: Path, planned: Mapping[str, torch.Tensor], read: Callable[
     with path.open("xb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name, like in planned.items():
-            for part in torch.split(read(name).reshape(-1), _CAST):
-                file.write(part.to(like.dtype).contiguous().view(torch.uint8).numpy().data)
+            _write_tensor(file, read(name), like.dtype)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    for part in torch.split(tensor.reshape(-1), _CAST):
+        file.write(part.to(dtype).view(torch.uint8).numpy().data)
