@@ -324,11 +324,12 @@ def test_weights_quantised_in_another_way_are_refused(tmp_path: Path, tokenizer:
         load_model(RunConfig(model_name=str(tmp_path)), tokenizer)
 
 
-def test_besides_the_model_less_than_its_largest_tensor_is_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["native", "fsdp=2,expert=2", "host 3 of 16"])
+def test_besides_its_own_shards_less_than_the_largest_tensor_twice_is_in_memory(tmp_path: Path, side: str) -> None:
     """In a process of its own, by the kernel's count of the most that was ever resident."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.models.peak", str(tmp_path)],
-        env=environment(USE_TORCH_XLA="false"),
+        [sys.executable, "-m", "tests.models.peak", str(tmp_path), side],
+        env=environment(devices=4) if "=" in side else environment(USE_TORCH_XLA="false"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -337,4 +338,5 @@ def test_besides_the_model_less_than_its_largest_tensor_is_in_memory(tmp_path: P
     )
     assert result.returncode == 0, result.stderr[-3000:]
     measured = json.loads(result.stdout.splitlines()[-1])
-    assert measured["peak"] < measured["model"] + 2 * measured["largest"], measured
+    assert measured["peak"] < measured["own"] + 2 * measured["largest"], measured
+    assert measured["read"] <= measured["stored"], measured
