@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,7 +57,11 @@ class LocalBytes:
 
     def read(self, start: int, end: int) -> torch.Tensor:
         begin = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with self._path.open("rb") as file:  # pages that are written to would be copied; none is
+        with self._path.open("rb") as file:
+            end = min(end, os.fstat(file.fileno()).st_size)
+            if end <= start:
+                return torch.empty(0, dtype=torch.uint8)
+            # Pages that are written to would be copied; none is.
             mapped = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=start - begin)
 
