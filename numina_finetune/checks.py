@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import fields
 from datetime import date
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from numina_finetune.config import (
     EXPERTS,
     FORMATS,
     GSM8K_STYLES,
+    LORA_EXPORTS,
     LOSS_CHUNKS,
     OVERLONG,
     PRECISIONS,
@@ -63,6 +65,7 @@ def _not_among(config: RunConfig) -> list[str]:
         "lr_scheduler_type": SCHEDULES,
         "backend": BACKENDS,
         "optim": ("adamw",),
+        "lora_export": LORA_EXPORTS,
         "gsm8k_style": GSM8K_STYLES,
         "tir_style": TIR_STYLES,
         "chat_family": CHAT_FAMILIES,
@@ -104,6 +107,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "learning_rate": 0,
         "validation_size": 0,
         "seed": 0,
+        "lora_rank": 0,
     }
     faults = [
         f"{flag(name)} {getattr(config, name)} is too small: use {bound:g} or more"
@@ -123,7 +127,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
         faults.append(f"--max-steps {config.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
     if not 0 < config.num_train_epochs < math.inf:
         faults.append(f"--num-train-epochs {config.num_train_epochs} is out of range: use more than 0")
-    for name in ("global_batch_size", "preprocessing_num_workers"):
+    for name in ("global_batch_size", "preprocessing_num_workers", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and value < 1:
             faults.append(f"{flag(name)} {value} is too small: use 1 or more")
@@ -158,6 +162,13 @@ def _contradictions(config: RunConfig) -> list[str]:
         )
     if config.decontaminate and not config.against:
         faults.append("--decontaminate has no benchmark to look for: add --against, such as --against gsm8k:test")
+    if config.lora_rank == 0:
+        faults += [
+            f"{flag(f.name)} {getattr(config, f.name)} has no adapters to be about: add --lora-rank, such as "
+            "--lora-rank 16"
+            for f in fields(config)
+            if f.name.startswith("lora_") and getattr(config, f.name) != f.default
+        ]
     scheme, separator, rest = config.output_dir.partition("://")
     if separator and (scheme != "gs" or not rest.split("/")[0]):
         faults.append(f"--output-dir {config.output_dir} is no place to store: give gs://bucket/prefix or a folder")

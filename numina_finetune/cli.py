@@ -243,12 +243,15 @@ def export(
     output: Annotated[str, typer.Option(help="Empty folder or gs://bucket/prefix for the model.")],
     step: Annotated[str, typer.Option(help="Step of the checkpoint, or newest.")] = "newest",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; what the run computes with if unset.")] = None,
+    lora_export: Annotated[
+        str | None, typer.Option(help="Of a LoRA run: merged (a plain model; the default) or adapter (PEFT's files).")
+    ] = None,
 ) -> int:
     """Make a plain Hugging Face folder from any checkpoint of a run, on a CPU."""
     launch.prepare_environment("native")
     from numina_finetune.export_command import run_export
 
-    return int(run_export(run, step, output, dtype))
+    return int(run_export(run, step, output, dtype, lora_export))
 
 
 @app.command()

@@ -125,15 +125,19 @@ def field_parameter(f: Field[Any]) -> inspect.Parameter:
     kind = kinds[str(f.type).removesuffix(" | None")]
     default = f.default if f.default is not MISSING else None
     text = f.metadata["help"] + (f" [default: {default}]" if default not in (None, "", ()) else "")
-    return parameter(f.name, kind, text, f.metadata["group"], repeated=str(f.type).startswith("tuple"))
+    repeated, alias = str(f.type).startswith("tuple"), f.metadata.get("alias")
+    return parameter(f.name, kind, text, f.metadata["group"], repeated=repeated, alias=alias)
 
 
-def parameter(name: str, kind: type, text: str, group: str, *, repeated: bool = False) -> inspect.Parameter:
+def parameter(
+    name: str, kind: type, text: str, group: str, *, repeated: bool = False, alias: str | None = None
+) -> inspect.Parameter:
     """An option that is None unless given, so that a YAML value is only overridden on purpose."""
     spelling = flag(name)
-    spellings = f"{spelling}/--no-{spelling.removeprefix('--')}" if kind is bool else spelling
+    spellings = [f"{spelling}/--no-{spelling.removeprefix('--')}" if kind is bool else spelling]
+    spellings += [flag(alias)] if alias else []
     shown = text.replace("[", r"\[")  # square brackets are markup to Typer's help
-    option = typer.Option(spellings, help=shown, rich_help_panel=group, show_default=False)
+    option = typer.Option(*spellings, help=shown, rich_help_panel=group, show_default=False)
     annotation: Any = list[kind] | None if repeated else kind | None  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]

@@ -28,6 +28,7 @@ PRECISIONS = ("bf16", "pure-bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant")
 BACKENDS = ("auto", "xla", "native")
 TRACKERS = ("none", "wandb", "tensorboard")
+LORA_EXPORTS = ("merged", "adapter", "both")
 GSM8K_STYLES = ("plain", "annotated", "calculator")
 TIR_STYLES = ("tool_calls", "text")
 OVERLONG = ("drop", "truncate", "split-error")
@@ -50,9 +51,13 @@ ALIASES = {
 """Names that users type from memory, and the hub's own."""
 
 
-def option(default: Any, help: str, group: str, *, identity: bool = True) -> Any:
-    """A field that is also a command-line option; two lives of one run may differ where ``identity`` is false."""
-    return field(default=default, metadata={"help": help, "group": group, "identity": identity})
+def option(default: Any, help: str, group: str, *, identity: bool = True, alias: str | None = None) -> Any:
+    """A field that is also a command-line option; two lives of one run may differ where ``identity`` is false.
+
+    Args:
+        alias: another name for it, on the command line and in YAML.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "identity": identity, "alias": alias})
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,24 @@ class RunConfig:
         "Optimisation",
         identity=False,
     )
+    # LoRA
+    lora_rank: int = option(
+        0, "Rank of LoRA adapters, trained beside frozen weights; 0 = all weights are trained.", "LoRA", alias="lora_r"
+    )
+    lora_alpha: int | None = option(
+        None, "What an adapter adds is scaled by alpha / rank; twice the rank if unset.", "LoRA"
+    )
+    lora_targets: str = option(
+        "all-linear",
+        "What has adapters: all-linear (attention, MLPs and experts) or comma-separated names, such as q_proj,v_proj.",
+        "LoRA",
+    )
+    lora_export: str = option(
+        "both",
+        "What a LoRA run leaves: merged (a plain model in model/), adapter (PEFT's files in adapter/) or both.",
+        "LoRA",
+        identity=False,
+    )
     # Devices
     backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices", identity=False)
     mesh: str | None = option(
@@ -266,6 +289,18 @@ class RunConfig:
         return [name for name in self.report_to.split(",") if name and name != "none"]
 
     @property
+    def adapters(self) -> dict[str, Any] | None:
+        """What the run's adapters are; None where it trains all weights."""
+        if not self.lora_rank:
+            return None
+        return {"rank": self.lora_rank, "scale": self.lora_scale, "targets": self.lora_targets}
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of an adapter's two matrices counts; of a run with ``--lora-rank`` only."""
+        return (2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank
+
+    @property
     def profiled_steps(self) -> range:
         """``--profile-steps`` as numbers, the first optimizer step being 1; empty if unset."""
         if self.profile_steps is None:
@@ -309,6 +344,8 @@ class RunConfig:
         command on another mesh finds its run again (and keeps the global batch that the run began with).
         """
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        if not self.lora_rank:  # runs that began before there were adapters go on
+            identity = {name: value for name, value in identity.items() if not name.startswith("lora_")}
         identity["against"] = list(self.against)  # as YAML gives it back
         identity["datasets"] = [dataclasses.asdict(source) for source in self.datasets]
         if self.global_batch_size is not None:
@@ -380,9 +417,11 @@ def load_yaml(path: str) -> dict[str, Any]:
 def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Values of ``mapping`` converted to the types of ``cls``'s fields; what does not fit goes into ``faults``."""
     known = {f.name: f for f in fields(cls) if f.name != "datasets"}
+    aliases = {f.metadata["alias"]: name for name, f in known.items() if f.metadata.get("alias")}
     values: dict[str, Any] = {}
     for name, value in mapping.items():
         name = str(name).replace("-", "_")
+        name = aliases.get(name, name)
         if name not in known:
             faults.append(f"{where}: {name!r} is unknown: use one of {', '.join(sorted(known))}")
             continue

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.checkpoint.reading import Checkpoint, OpenCheckpoint, Unsound, say_damaged
@@ -19,7 +20,7 @@ from numina_finetune.checkpoint_commands import of_step, one_run
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode
 from numina_finetune.models.card import model_card
-from numina_finetune.models.export import export_model
+from numina_finetune.models.export import export_adapter, export_model, trained_weights
 from numina_finetune.models.load import load_config, load_generation_config
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
@@ -33,28 +34,35 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``--dtype`` takes."""
 
 
-def run_export(url: str, step: str, output: str, dtype: str | None) -> ExitCode:
-    """Make a plain Hugging Face folder of a checkpoint's weights; whole or not at all.
+def run_export(url: str, step: str, output: str, dtype: str | None, lora_export: str | None = None) -> ExitCode:
+    """Make a plain Hugging Face folder of a checkpoint's weights, or one of its adapters; whole or not at all.
 
     Args:
         url: of the run.
         step: a number, or ``newest``.
         output: a folder, or ``gs://bucket/prefix``, with nothing in it.
         dtype: of the weights written; None: the one that the run computes with.
+        lora_export: ``merged`` or ``adapter``, of a run with adapters; None: merged.
 
     Raises:
         ConfigError, CheckpointError: a wrong value, a place that is in use, or no sound checkpoint.
     """
-    _refuse(step, output, dtype)
+    _refuse(step, output, dtype, lora_export)
     store = one_run(url)
     record = read_record(store)
     if record is None:
         raise CheckpointError(f"{store.url} has no {RECORD} or no committed checkpoint: nothing says what to export")
     config = RunConfig.from_mapping(record["config"], store.address(RECORD))
+    if lora_export is not None and not config.lora_rank:
+        raise ConfigError(f"--lora-export {lora_export}: {store.url} is a run without adapters: leave the option out")
     candidates = of_step(store, None if step == "newest" else int(step))
     with _building_place(output) as folder:
         checkpoint = _export_first_sound(
-            candidates, config, folder, DTYPES[dtype] if dtype else EXPORT_DTYPES[config.precision]
+            candidates,
+            config,
+            folder,
+            DTYPES[dtype] if dtype else EXPORT_DTYPES[config.precision],
+            adapter=lora_export == "adapter",
         )
         if output.startswith("gs://"):
             store_model(folder, open_store(output))
@@ -62,12 +70,16 @@ def run_export(url: str, step: str, output: str, dtype: str | None) -> ExitCode:
     return ExitCode.DONE
 
 
-def _refuse(step: str, output: str, dtype: str | None) -> None:
+def _refuse(step: str, output: str, dtype: str | None, lora_export: str | None) -> None:
     faults = []
     if step != "newest" and not step.isdecimal():
         faults.append(f"--step {step!r} is unknown: use newest or the number of a step")
     if dtype is not None and dtype not in DTYPES:
         faults.append(f"--dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}")
+    if lora_export not in (None, "merged", "adapter"):
+        faults.append(f"--lora-export {lora_export!r} is unknown: use merged or adapter, one folder at a time")
+    if lora_export == "adapter" and dtype is not None:
+        faults.append(f"--dtype {dtype}: adapters are written in the type that they were trained in: leave it out")
     if _is_taken(output):
         faults.append(f"--output {output} is not empty: give another place, or delete what is there")
     if faults:
@@ -92,38 +104,53 @@ def _building_place(output: str) -> Iterator[Path]:
 
 
 def _export_first_sound(
-    candidates: Sequence[Checkpoint], config: RunConfig, folder: Path, dtype: torch.dtype
+    candidates: Sequence[Checkpoint], config: RunConfig, folder: Path, dtype: torch.dtype, *, adapter: bool
 ) -> Checkpoint:
-    store, tokenizer = candidates[0].store, load_tokenizer(config)
-    model_config = load_config(config, tokenizer)
-    generation, data = load_generation_config(config, model_config), _data_report(store)
+    tokenizer, data = load_tokenizer(config), _data_report(candidates[0].store)
     damage: list[str] = []
     for checkpoint in candidates:
         try:
-            opened = checkpoint.open()
-            progress = _progress(opened)
-            export_model(
-                opened.shards(),
-                folder,
-                config=model_config,
-                tokenizer=tokenizer,
-                generation=generation,
-                card=model_card(
-                    config,
-                    run_id=opened.manifest["run_id"],
-                    steps=progress.step,
-                    tokens=progress.tokens,
-                    data=data,
-                ),
-                dtype=dtype,
-            )
+            _export(checkpoint.open(), config, tokenizer, folder, dtype, data, adapter=adapter)
         except (Unsound, Damaged, NotFound) as error:
             damage.append(f"{error}")
             say_damaged(checkpoint, damage[-1])
         else:
             return checkpoint
     raise CheckpointError(
-        [*damage, f"no other checkpoint to export: `checkpoints list {store.url}` shows what is there"]
+        [*damage, f"no other checkpoint to export: `checkpoints list {candidates[0].store.url}` shows what is there"]
+    )
+
+
+def _export(
+    opened: OpenCheckpoint,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    data: Mapping[str, Any],
+    *,
+    adapter: bool,
+) -> None:
+    progress, model_config = _progress(opened), load_config(config, tokenizer)
+    card = model_card(
+        config,
+        run_id=opened.manifest["run_id"],
+        steps=progress.step,
+        tokens=progress.tokens,
+        data=data,
+        adapter=adapter,
+    )
+    if adapter:
+        export_adapter(opened.shards(), folder, run=config, config=model_config, tokenizer=tokenizer, card=card)
+        return
+    export_model(
+        trained_weights(opened.shards(), config, tokenizer, dtype),
+        folder,
+        config=model_config,
+        tokenizer=tokenizer,
+        generation=load_generation_config(config, model_config),
+        card=card,
+        dtype=dtype,
     )
 
 

@@ -10,18 +10,25 @@ import yaml
 from numina_finetune.config import RunConfig
 
 
-def model_card(config: RunConfig, *, run_id: str, steps: int, tokens: int, data: Mapping[str, Any]) -> str:
+def model_card(
+    config: RunConfig, *, run_id: str, steps: int, tokens: int, data: Mapping[str, Any], adapter: bool = False
+) -> str:
     """Markdown with the hub's front matter.
 
     Args:
         steps: optimizer steps made.
         tokens: real tokens trained on.
         data: the data report of :mod:`numina_finetune.data.dataset`.
+        adapter: the card is that of the adapters alone.
     """
     hub_names = [
         source.name for source in config.datasets if "/" in source.name and not source.name.startswith((".", "/"))
     ]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["math", "sft"]}
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["math", "sft"],
+    }
     if "/" in config.model_name and not config.model_name.startswith((".", "/")):
         front["base_model"] = config.model_name
     if hub_names:
@@ -37,6 +44,8 @@ def model_card(config: RunConfig, *, run_id: str, steps: int, tokens: int, data:
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
         "seed": config.seed,
     }
+    if config.lora_rank:
+        settings["adapters"] = f"LoRA, rank {config.lora_rank}, scale {config.lora_scale:g}, {config.lora_targets}"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),

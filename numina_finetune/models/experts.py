@@ -13,6 +13,18 @@ import torch
 from transformers.integrations.moe import ExpertsInterface
 
 STATIC_EXPERTS = "numina_static"
+ADAPTERS = "adapters"
+"""Where experts hold their adapters (`numina_finetune.models.lora`), by the name of the parameter."""
+
+
+def expert_weight(module: Any, name: str) -> torch.Tensor:
+    """``gate_up_proj`` or ``down_proj`` as tokens meet it, ``[experts, in, out]``: with what its adapter adds.
+
+    Every form of the experts takes its weights from here.
+    """
+    weight: torch.Tensor = getattr(module, name)
+    adapters = getattr(module, ADAPTERS, {})
+    return adapters[name](weight) if name in adapters else weight
 
 
 def routed_shares(router_indices: torch.Tensor, routing_weights: torch.Tensor, experts: int) -> torch.Tensor:
@@ -44,10 +56,10 @@ def static_experts(
     Returns:
         ``[tokens, hidden]`` in the hidden states' type.
     """
-    down, down_bias = module.down_proj, module.down_proj_bias
+    down, down_bias = expert_weight(module, "down_proj"), module.down_proj_bias
     experts = down.shape[0]
     shares = routed_shares(router_indices, routing_weights, experts)
-    opened = torch.bmm(hidden_states.expand(experts, -1, -1), module.gate_up_proj)
+    opened = torch.bmm(hidden_states.expand(experts, -1, -1), expert_weight(module, "gate_up_proj"))
     gated = module._apply_gate(opened + module.gate_up_proj_bias.unsqueeze(1))
     # Weighted before the second product, which then sums over experts as well: [experts, tokens, hidden] never exists.
     weighted = (gated * shares.T.unsqueeze(-1)).to(down.dtype)

@@ -1,26 +1,34 @@
-"""From a checkpoint to a plain Hugging Face folder, on a CPU, whatever mesh or backend wrote the checkpoint."""
+"""From a checkpoint to a plain Hugging Face folder, on a CPU, whatever mesh or backend wrote the checkpoint.
+
+A run with adapters has two of them: the model with its adapters merged into it, or the adapters alone, as PEFT opens
+them on top of the model that the run began from.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from numina_finetune import storage
 from numina_finetune.checkpoint.shards import ShardReader
+from numina_finetune.config import RunConfig
+from numina_finetune.models.load import base_weights
+from numina_finetune.models.lora import add_adapters, lora_config
 from numina_finetune.models.ranges import LENGTH_BYTES, STORED_TYPES
+from numina_finetune.models.weights import CheckpointWeights, MergedWeights, NamedWeights
 
 logger = logging.getLogger(__name__)
 
-_MODEL = "model."
-"""Where a checkpoint keeps the weights; the optimizer lies beside it."""
 MAX_SHARD = "5GB"
 _ALIGNMENT = 8
 """Of the first tensor in a file, as the format's own writer has it."""
@@ -28,8 +36,25 @@ _CAST = 2**24
 """Values that are cast to the written type at a time."""
 
 
+def trained_weights(
+    shards: ShardReader, config: RunConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> NamedWeights:
+    """The model that a checkpoint of the run stands for: its weights, or the frozen ones with the adapters merged in.
+
+    Args:
+        dtype: that merged weights are cast to, once.
+
+    Raises:
+        ConfigError: the model that the run began from is no longer there.
+    """
+    trained = CheckpointWeights(shards)
+    if not config.lora_rank:
+        return trained
+    return MergedWeights(base_weights(config, tokenizer), trained, config.lora_scale, dtype)
+
+
 def export_model(
-    shards: ShardReader,
+    weights: NamedWeights,
     destination: Path,
     *,
     config: PretrainedConfig,
@@ -41,43 +66,75 @@ def export_model(
     """Write ``destination`` so that ``AutoModelForCausalLM.from_pretrained`` opens it; whole or not at all.
 
     Args:
-        shards: a checkpoint's.
+        weights: those of the model, by Hugging Face name.
         card: the model card, Markdown.
         dtype: of the weights written.
     """
-    building = destination.with_name(f".{destination.name}.building")
-    storage.remove_folder(building)
-    building.mkdir(parents=True)
-    _write_weights(shards, building, dtype)
-    config.use_cache = True
-    config.dtype = dtype
-    config.save_pretrained(building)
-    generation.save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    (building / "README.md").write_text(card, encoding="utf-8")
-    storage.remove_folder(destination)
-    building.rename(destination)
-    storage.sync_folder(destination.parent)
+    with _building(destination) as folder:
+        _write_weights(weights, folder, dtype)
+        config.use_cache = True
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     logger.info("exported the model to %s", destination)
 
 
-def read_weight(shards: ShardReader, name: str) -> torch.Tensor:
-    """One whole weight out of a checkpoint's shards, by Hugging Face name."""
-    return shards.read(_MODEL + name)
+def export_adapter(
+    shards: ShardReader,
+    destination: Path,
+    *,
+    run: RunConfig,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+) -> None:
+    """Write ``destination`` so that ``PeftModel.from_pretrained(base, destination)`` opens it; whole or not at all.
+
+    Args:
+        shards: a checkpoint's, of a run with adapters.
+        config: of the model.
+        card: the model card, Markdown.
+    """
+    trained = CheckpointWeights(shards)
+    with _building(destination) as folder:
+        tensors = {
+            f"base_model.model.{theirs}": trained.read(ours) for ours, theirs in _peft_names(run, config).items()
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        described = lora_config(run, config.model_type)
+        described.inference_mode = True
+        described.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    logger.info("exported the adapter to %s", destination)
 
 
-def weight_shapes(shards: ShardReader) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in a checkpoint's shards, by Hugging Face name."""
-    found = sorted((name, shape) for name, (shape, _) in shards.tensors.items() if name.startswith(_MODEL))
-    return {name.removeprefix(_MODEL): shape for name, shape in found}
+@contextmanager
+def _building(destination: Path) -> Iterator[Path]:
+    """A folder beside ``destination`` that takes its place in the end."""
+    building = destination.with_name(f".{destination.name}.building")
+    storage.remove_folder(building)
+    building.mkdir(parents=True)
+    yield building
+    storage.remove_folder(destination)
+    building.rename(destination)
+    storage.sync_folder(destination.parent)
 
 
-def _write_weights(shards: ShardReader, folder: Path, dtype: torch.dtype) -> None:
+def _peft_names(run: RunConfig, config: PretrainedConfig) -> dict[str, str]:
+    """PEFT's names of the adapters' parameters, by ours: asked of PEFT itself, on a model without values."""
+    with torch.device("meta"):
+        return add_adapters(AutoModelForCausalLM.from_config(config), run, values=False)
+
+
+def _write_weights(weights: NamedWeights, folder: Path, dtype: torch.dtype) -> None:
     """Tensor by tensor, so that no more than one is ever in memory."""
-    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in weight_shapes(shards).items()}
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sorted(weights.shapes.items())}
     split = split_torch_state_dict_into_shards(planned, max_shard_size=MAX_SHARD)
     for filename, names in split.filename_to_tensors.items():
-        _write_file(folder / filename, {name: planned[name] for name in names}, lambda name: read_weight(shards, name))
+        _write_file(folder / filename, {name: planned[name] for name in names}, weights.read)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         storage.write_json(folder / "model.safetensors.index.json", index)

@@ -28,13 +28,18 @@ def is_staged(name: str) -> bool:
     return name.startswith("gs://")
 
 
+def alias_of(name: str) -> str:
+    """The hub's own name for what the user typed, without a word."""
+    return ALIASES.get(name, name)
+
+
 def resolve_name(name: str) -> str:
     """The hub's own name for what the user typed; of a model staged in a bucket, the folder here with all but its
     weights.
     """
     if is_staged(name):
         return str(open_staged(name).download(user_cache() / "models"))
-    resolved = ALIASES.get(name, name)
+    resolved = alias_of(name)
     if resolved != name:
         logger.warning("%s is taken to mean %s", name, resolved)
     return resolved

@@ -22,9 +22,11 @@ from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import BUILTIN, tiny_config
 from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.models.hub import from_hub, is_staged, resolve_name
+from numina_finetune.models.lora import add_adapters, lora_faults
 from numina_finetune.models.mxfp4 import is_mxfp4
-from numina_finetune.models.precision import WEIGHT_DTYPES
+from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
 from numina_finetune.models.stream import Files, StoredWeights, Weights, fill, find_weights, staged_weights
+from numina_finetune.models.weights import ModelWeights, NamedWeights, StreamedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model on the CPU, its weights in the master type of ``config.precision``."""
+    """The model on the CPU, as :func:`open_model` describes it."""
     model, weights = open_model(config, tokenizer)
     fill(model, weights)
     return model
@@ -67,18 +69,36 @@ def open_model(
     """The model as it is before it is given to devices, and where the values come from that it lacks.
 
     Args:
-        weights: False where a checkpoint will give the values, and none are to be read.
+        weights: False where a checkpoint will give the trained values, and none of them are to be read. Frozen ones
+            are in no checkpoint, and always read.
 
     Returns:
         Parameters in the master type of ``config.precision``, without values (``meta``), buffers with them; and the
-        source of the values, None without ``weights``. A built-in model, or one whose weights have another format
-        than safetensors, is on the CPU with its values, and has no source.
+        source of the values, None without ``weights``. With ``--lora-rank``, frozen parameters have the type that they
+        are computed with, and the adapters, which are what is trained, have their first values. A built-in model, or
+        one whose weights have another format than safetensors, is on the CPU with its values, and has no source.
 
     Raises:
         ConfigError: the model's files are not whole.
     """
-    name, dtype = resolve_name(config.model_name), WEIGHT_DTYPES[config.precision]
     model_config = load_config(config, tokenizer)
+    if not config.lora_rank:
+        return _open_base(config, model_config, WEIGHT_DTYPES[config.precision], weights=weights)
+    model, source = _open_base(config, model_config, COMPUTE_DTYPES[config.precision])
+    add_adapters(model, config)
+    return model, source
+
+
+def base_weights(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> NamedWeights:
+    """The frozen weights of a run with adapters, as it computes with them, read one at a time where that can be."""
+    model, source = _open_base(config, load_config(config, tokenizer), COMPUTE_DTYPES[config.precision])
+    return ModelWeights(model) if source is None else StreamedWeights(model, source)
+
+
+def _open_base(
+    config: RunConfig, model_config: PretrainedConfig, dtype: torch.dtype, *, weights: bool = True
+) -> tuple[PreTrainedModel, Weights | None]:
+    name = resolve_name(config.model_name)
     if name in BUILTIN:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -140,4 +160,4 @@ def _faults(config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTra
             f"--tokenizer-name {config.tokenizer} has {len(tokenizer)} tokens, but {name} embeds {vocabulary}: "
             "use the model's own tokenizer"
         )
-    return faults
+    return [*faults, *lora_faults(config, model_config.model_type)]

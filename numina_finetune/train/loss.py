@@ -83,20 +83,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
-        wants_gradient = any(ctx.needs_input_grad[:2])
+        wants_gradient, trains_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         wide = accumulation_dtype(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradients = []
-        weight_gradient = torch.zeros_like(weight, dtype=wide) if wants_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if trains_weight else None
         for start in range(0, hidden.shape[1], chunk):
             states, targets = hidden[:, start : start + chunk], labels[:, start : start + chunk]
             chunk_loss, gradient = _chunk_loss((states @ weight.T).to(wide), targets)
             loss = loss + chunk_loss
-            if weight_gradient is not None:
+            if wants_gradient:
                 gradient = gradient.to(hidden.dtype)
                 hidden_gradients.append(gradient @ weight)
+            if weight_gradient is not None:
                 weight_gradient = weight_gradient + torch.einsum("bsv,bsh->vh", gradient, states).to(wide)
-        if weight_gradient is not None:
+        if wants_gradient:
             ctx.save_for_backward(torch.cat(hidden_gradients, dim=1), weight_gradient)
             ctx.weight_dtype = weight.dtype
         return loss
@@ -107,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return (
             hidden_gradient * scale.to(hidden_gradient.dtype),
-            (weight_gradient * scale).to(ctx.weight_dtype),
+            None if weight_gradient is None else (weight_gradient * scale).to(ctx.weight_dtype),
             None,
             None,
         )

@@ -55,12 +55,14 @@ def adamw_arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def named_state(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Model and optimizer tensors under Hugging Face names: what a checkpoint holds.
+    """Trained and optimizer tensors under Hugging Face names: what a checkpoint holds.
+
+    Frozen weights are no state: a resume reads them where the run read them first.
 
     Returns:
         ``{"model": {name: weight}, "optim": {name: {"step", "exp_avg", "exp_avg_sq"}}}``, the live tensors.
     """
     return {
-        "model": {name: parameter.detach() for name, parameter in parameters.items()},
+        "model": {name: p.detach() for name, p in parameters.items() if p.requires_grad},
         "optim": {name: optimizer.state[p] for name, p in parameters.items() if p.requires_grad},
     }

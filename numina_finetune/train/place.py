@@ -12,11 +12,11 @@ from numina_finetune.storage import StorageError, Store, open_store
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model"
+MODEL, ADAPTER = "model", "adapter"
 METRICS = "metrics.jsonl"
 DATA_REPORT = "data_report.json"
-_LAST_OF_MODEL = "config.json"
-"""Nothing opens a model's folder without it."""
+_LAST = {"config.json", "adapter_config.json"}
+"""Nothing opens the folder of a model, or of an adapter, without it."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,29 @@ class RunPlace:
         except (StorageError, ConfigError) as error:
             logger.warning("%s stays on this machine: %s", name, error)
 
-    def has_model(self) -> bool:
-        """Whether the exported model is there, whole."""
-        return self.store.stat(f"{MODEL}/{_LAST_OF_MODEL}") is not None
+    def has_exported(self, name: str) -> bool:
+        """Whether the exported model or adapter is there, whole."""
+        return any(self.store.stat(f"{name}/{last}") is not None for last in _LAST)
 
-    def publish_model(self) -> None:
-        """Store the exported model."""
+    def publish_exported(self, name: str) -> None:
+        """Store the exported model or adapter."""
         if self.is_local:
             return
-        store_model(self.folder / MODEL, open_store(f"{self.url}/{MODEL}"))
-        logger.info("stored the model in %s/%s", self.url, MODEL)
+        store_model(self.folder / name, open_store(f"{self.url}/{name}"))
+        logger.info("stored the %s in %s/%s", name, self.url, name)
 
 
 def store_model(folder: Path, target: Store) -> None:
-    """Store a model's files, in such an order that a part of them does not look like a model."""
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == _LAST_OF_MODEL, path.name)):
+    """Store a model's or an adapter's files, in such an order that a part of them does not look like one."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name in _LAST, path.name)):
         target.upload(path, path.name)
+
+
+def exports_of(config: RunConfig) -> tuple[str, ...]:
+    """The folders that the run leaves in its place at its end."""
+    if not config.lora_rank:
+        return (MODEL,)
+    return {"merged": (MODEL,), "adapter": (ADAPTER,), "both": (MODEL, ADAPTER)}[config.lora_export]
 
 
 def open_place(config: RunConfig) -> RunPlace:

@@ -156,6 +156,7 @@ def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_ch
     except Unsound as error:
         raise CheckpointError(error.faults) from error
     told = {"model": "model", "tokenizer": "tokenizer", "optimizer": "optimizer", "precision": "--precision"}
+    told["lora"] = "LoRA adapters"
     if not data_may_change:
         told["data_key"] = "training data (data_key)"
     hint = {"data_key": "restore it, or go on from the same row position with --allow-data-change"}
@@ -178,6 +179,7 @@ def facts_of(
         "model": {"name": config.model_name, "revision": config.model_revision},
         "tokenizer": tokenizer,
         "precision": config.precision,
+        "lora": config.adapters,
         "optimizer": {name: getattr(config, name) for name in OPTIMIZER_SETTINGS},
         "data_key": data_key,
         "global_batch_size": global_batch,

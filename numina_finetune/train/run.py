@@ -28,14 +28,14 @@ from numina_finetune.data.token_index import TokenIndex, cap_samples, split_vali
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
-from numina_finetune.models.export import export_model
+from numina_finetune.models.export import export_adapter, export_model, trained_weights
 from numina_finetune.models.load import load_config, load_generation_config, open_model
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
-from numina_finetune.train.place import DATA_REPORT, METRICS, MODEL, RunPlace, open_place
+from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.record import (
     check_output,
@@ -136,11 +136,10 @@ class _Life:
             backend=backend.name,
         )
         candidates = self._candidates(facts)
-        if candidates and candidates[0].step >= plan.total_steps and place.has_model():
+        if candidates and candidates[0].step >= plan.total_steps and all(map(place.has_exported, exports_of(config))):
             self.progress.step = candidates[0].step
             _say(
-                backend,
-                f"nothing to do: the run has made all {plan.total_steps} steps; the model is in {place.url}/{MODEL}",
+                backend, f"nothing to do: the run has made all {plan.total_steps} steps; {_whereabouts(config, place)}"
             )
             return True
 
@@ -266,28 +265,46 @@ class _Life:
         ]
 
     def _export(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-        """The final checkpoint as a plain Hugging Face folder."""
+        """The final checkpoint as a plain Hugging Face folder, and as an adapter alone."""
         config, place, progress = self.config, self.place, self.progress
         if self.backend.process_index == 0:
-            model_config = load_config(config, tokenizer)
-            export_model(
-                committed(place.store)[0].open().shards(),
-                place.folder / MODEL,
-                config=model_config,
-                tokenizer=tokenizer,
-                generation=load_generation_config(config, model_config),
-                card=model_card(
-                    config, run_id=place.name, steps=progress.step, tokens=progress.tokens, data=data.index.report
-                ),
-                dtype=EXPORT_DTYPES[config.precision],
-            )
-            place.publish_model()
+            for name in exports_of(config):
+                self._export_as(name, tokenizer, data)
+                place.publish_exported(name)
             place.publish(METRICS)
-            _say(
-                self.backend,
-                f"done: {progress.step} steps, {progress.tokens} tokens; the model is in {place.url}/{MODEL}",
-            )
+            told = f"done: {progress.step} steps, {progress.tokens} tokens; {_whereabouts(config, place)}"
+            _say(self.backend, told)
         self.backend.processes.barrier()
+
+    def _export_as(self, name: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        config, place, progress = self.config, self.place, self.progress
+        shards, model_config = committed(place.store)[0].open().shards(), load_config(config, tokenizer)
+        card = model_card(
+            config,
+            run_id=place.name,
+            steps=progress.step,
+            tokens=progress.tokens,
+            data=data.index.report,
+            adapter=name == ADAPTER,
+        )
+        if name == ADAPTER:
+            export_adapter(shards, place.folder / name, run=config, config=model_config, tokenizer=tokenizer, card=card)
+            return
+        dtype = EXPORT_DTYPES[config.precision]
+        export_model(
+            trained_weights(shards, config, tokenizer, dtype),
+            place.folder / name,
+            config=model_config,
+            tokenizer=tokenizer,
+            generation=load_generation_config(config, model_config),
+            card=card,
+            dtype=dtype,
+        )
+
+
+def _whereabouts(config: RunConfig, place: RunPlace) -> str:
+    """Where a person finds what the run leaves."""
+    return " and ".join(f"the {name} is in {place.url}/{name}" for name in exports_of(config))
 
 
 def _wanted(config: RunConfig, place: RunPlace, facts: Mapping[str, Any]) -> list[Checkpoint]:

@@ -6,6 +6,7 @@ count as nothing. For each token that is not padding:
 - **matrix products**: ``6 N``; N = the parameters that multiply a token: all of them, of experts those that a token is
   sent to, and not the input embedding, unless it is the output's too. 2 for a product and a sum, times 3 for the
   forward pass and the gradients by inputs and by weights.
+  Frozen weights have no gradients: 2 times ``2 N``.
 - **attention**: ``12 x heads x head_dim x keys`` a layer; keys = how many a token sees on average in a row of
   ``--max-seq-length`` that is one sequence, its own place included: ``(length + 1) / 2``, fewer within a window.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -54,11 +56,11 @@ def token_flops(model: PreTrainedModel, length: int) -> TokenFlops:
     config = model.config
     share = _expert_share(config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    multiplied = sum(
-        parameter.numel() * (share if ".experts." in name else 1.0) for name, parameter in model.named_parameters()
+    products = sum(
+        _products(parameter) * (share if ".experts." in name else 1.0) for name, parameter in model.named_parameters()
     )
     if head is None or head.weight is not embedding.weight:
-        multiplied -= embedding.weight.numel()
+        products -= _products(embedding.weight)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -66,7 +68,7 @@ def token_flops(model: PreTrainedModel, length: int) -> TokenFlops:
     attention = sum(
         12.0 * width * _mean_keys(length, window if kind == "sliding_attention" else None) for kind in kinds
     )
-    return TokenFlops(6.0 * multiplied, attention)
+    return TokenFlops(products, attention)
 
 
 def utilisation(flops: TokenFlops, tokens_per_second: float, chips: Chips) -> dict[str, float]:
@@ -78,6 +80,11 @@ def utilisation(flops: TokenFlops, tokens_per_second: float, chips: Chips) -> di
         "mfu": round(flops.products * share, 4),
         "mfu_with_attention": round((flops.products + flops.attention) * share, 4),
     }
+
+
+def _products(parameter: torch.Tensor) -> float:
+    """FLOPs of a token with it: forward, and the gradients by inputs and by itself."""
+    return (6.0 if parameter.requires_grad else 4.0) * parameter.numel()
 
 
 def _mean_keys(length: int, window: int | None) -> float:

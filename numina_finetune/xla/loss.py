@@ -31,7 +31,8 @@ CHUNK_ELEMENTS = 2**28
 LARGEST_GRADIENT = 2**31
 """Bytes that the head's gathered weight and its gradient may take on a chip before ``auto`` goes by vocabulary."""
 
-Gradients = tuple[torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor | None]
+"""By the hidden states and by the head's weight, where that is trained."""
 
 
 def cross_entropy_for(
@@ -72,7 +73,7 @@ class ChunkedCrossEntropy(ABC):
     def of(
         self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
     ) -> tuple[torch.Tensor, Gradients | None]:
-        """The summed loss, and perhaps its gradients by ``hidden`` and by ``master``."""
+        """The summed loss, and perhaps its gradients by ``hidden`` and by ``master``, unless that is frozen."""
 
     def _rows(self, hidden: torch.Tensor) -> int:
         """Of the batch, on a chip."""
@@ -93,6 +94,7 @@ class BySequence(ChunkedCrossEntropy):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._with_gradients, self._alone = Loop(self._chunk_with_gradients), Loop(self._chunk)
+        self._with_frozen = Loop(self._chunk_with_frozen)
 
     def of(
         self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
@@ -104,11 +106,18 @@ class BySequence(ChunkedCrossEntropy):
         if not wants_gradients:
             (loss,), _ = self._alone([loss], [walked, targets], [weight], turns=turns)
             return loss, None
+        if not master.requires_grad:
+            (loss,), (by_hidden,) = self._with_frozen([loss], [walked, targets], [weight], turns=turns)
+            return loss, (self._joined(by_hidden, hidden), None)
         zeros = torch.zeros((replicas, *weight.shape), dtype=wide, device=device)
         own = self._constraints.place(zeros, "head gradients")
         (loss, own), (by_hidden,) = self._with_gradients([loss, own], [walked, targets], [weight], turns=turns)
+        return loss, (self._joined(by_hidden, hidden), self._summed(own))
+
+    def _joined(self, by_hidden: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The chunks' gradients as one, in the shape of ``hidden``."""
         by_hidden = by_hidden.transpose(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
-        return loss, (self._constraints.place(by_hidden, "hidden"), self._summed(own))
+        return self._constraints.place(by_hidden, "hidden")
 
     def _summed(self, own: torch.Tensor) -> torch.Tensor:
         """The replicas' gradients ``[replicas, vocabulary, hidden]`` as one, where the parameter lies.
@@ -142,10 +151,8 @@ class BySequence(ChunkedCrossEntropy):
 
     def _chunk_with_gradients(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
         (loss, weight_gradient), (states, targets), (weight,) = carry, rows, constants
-        added, log_probabilities, is_target, supervised = self._loss_of(states, targets, weight)
-        wide = log_probabilities.dtype
-        by_logits = torch.where(supervised, log_probabilities.exp() - is_target.to(wide), 0.0).to(states.dtype)
-        by_logits = self._constraints.place(by_logits, "logits")
+        added, by_logits = self._gradient_of(states, targets, weight)
+        wide = weight_gradient.dtype
         batch, size, _ = states.shape
         own = torch.einsum(
             "rtv,rth->rvh",
@@ -154,6 +161,19 @@ class BySequence(ChunkedCrossEntropy):
         )
         weight_gradient = self._constraints.place(weight_gradient + own.to(wide), "head gradients")
         return [loss + added, weight_gradient], [self._constraints.place(by_logits @ weight, "hidden")]
+
+    def _chunk_with_frozen(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        added, by_logits = self._gradient_of(*rows, *constants)
+        return [carry[0] + added], [self._constraints.place(by_logits @ constants[0], "hidden")]
+
+    def _gradient_of(
+        self, states: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss, and its gradient by the logits."""
+        added, log_probabilities, is_target, supervised = self._loss_of(states, targets, weight)
+        wide = log_probabilities.dtype
+        by_logits = torch.where(supervised, log_probabilities.exp() - is_target.to(wide), 0.0).to(states.dtype)
+        return added, self._constraints.place(by_logits, "logits")
 
     def _chunk(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
         return [carry[0] + self._loss_of(*rows, *constants)[0]], []
@@ -178,6 +198,7 @@ class ByVocabulary(ChunkedCrossEntropy):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._sums, self._gradients = Loop(self._add_block), Loop(self._block_gradients)
+        self._by_hidden = Loop(self._block_with_frozen)
 
     def of(
         self, hidden: torch.Tensor, master: torch.Tensor, labels: torch.Tensor, *, wants_gradients: bool
@@ -197,10 +218,16 @@ class ByVocabulary(ChunkedCrossEntropy):
         if not wants_gradients:
             return loss, None
         nothing = torch.zeros_like(hidden, dtype=wide)
+        constants = [hidden, labels, sums]
+        if not master.requires_grad:
+            by_hidden, _ = self._by_hidden_of(block, nothing, hidden, labels, sums)
+            if turns:
+                (by_hidden,), _ = self._by_hidden([by_hidden], others, constants, turns=turns)
+            return loss, (by_hidden.to(hidden.dtype), None)
         by_hidden, by_last = self._gradients_of(block, nothing, hidden, labels, sums)
         by_block = by_last.unsqueeze(0)
         if turns:
-            (by_hidden,), (by_others,) = self._gradients([by_hidden], others, [hidden, labels, sums], turns=turns)
+            (by_hidden,), (by_others,) = self._gradients([by_hidden], others, constants, turns=turns)
             by_block = torch.cat([by_others, by_block])
         by_weight = by_block.transpose(0, 1).reshape(master.shape)
         return loss, (by_hidden.to(hidden.dtype), self._constraints.mark(by_weight, self._spec))
@@ -231,18 +258,29 @@ class ByVocabulary(ChunkedCrossEntropy):
         by_hidden, by_block = self._gradients_of(self._block(rows, hidden, labels), carry[0], hidden, labels, sums)
         return [by_hidden], [by_block]
 
+    def _block_with_frozen(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        hidden, labels, sums = constants
+        return [self._by_hidden_of(self._block(rows, hidden, labels), carry[0], hidden, labels, sums)[0]], []
+
     def _gradients_of(
         self, block: _Block, by_hidden: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor
-    ) -> Gradients:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``by_hidden`` and the block's part of it, and the gradient of the block's weight, as the block lies."""
+        by_hidden, by_logits = self._by_hidden_of(block, by_hidden, hidden, labels, sums)
+        by_block = self._constraints.mark(torch.einsum("bsv,bsh->vh", by_logits, hidden), self._spec)
+        by_block = by_block.reshape(block.shape)
+        return by_hidden, self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))
+
+    def _by_hidden_of(
+        self, block: _Block, by_hidden: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``by_hidden`` and the block's part of it, and the gradient by the block's logits."""
         logits = block.logits
         probabilities = (logits - sums.unsqueeze(-1)).exp() - block.is_target.to(logits.dtype)
         by_logits = torch.where((labels != NO_LOSS).unsqueeze(-1), probabilities, 0.0).to(hidden.dtype)
         by_logits = self._constraints.place(by_logits, "logits")
-        by_hidden = self._constraints.place(by_hidden + (by_logits @ block.weight).to(by_hidden.dtype), "hidden")
-        by_block = self._constraints.mark(torch.einsum("bsv,bsh->vh", by_logits, hidden), self._spec)
-        by_block = by_block.reshape(block.shape)
-        return by_hidden, self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))
+        by_hidden = by_hidden + (by_logits @ block.weight).to(by_hidden.dtype)
+        return self._constraints.place(by_hidden, "hidden"), by_logits
 
     def _block(self, rows: Tensors, hidden: torch.Tensor, labels: torch.Tensor) -> _Block:
         block, numbers = rows
@@ -288,7 +326,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (scale,) = gradients
         by_hidden, by_weight = ctx.saved_tensors
-        return None, by_hidden * scale.to(by_hidden.dtype), by_weight.to(ctx.master_dtype) * scale, None
+        own = None if by_weight is None else by_weight.to(ctx.master_dtype) * scale
+        return None, by_hidden * scale.to(by_hidden.dtype), own, None
 
 
 def _chunk_of(length: int, largest: int) -> int:

@@ -152,5 +152,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
             module._gradient_checkpointing_func = _checkpoint
 
 
-def _checkpoint(function: Any, *arguments: Any) -> Any:
-    return checkpoint(function, *arguments, use_reentrant=True)
+def _checkpoint(function: Any, hidden: torch.Tensor, *arguments: Any) -> Any:
+    # The weights of a reentrant checkpoint have no gradients where its input has none, as behind a frozen embedding.
+    given = hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.detach().requires_grad_()
+    return checkpoint(function, given, *arguments, use_reentrant=True)

@@ -12,6 +12,7 @@ import re
 
 from numina_finetune.config import SHARD_AXES
 from numina_finetune.mesh import MeshShape
+from numina_finetune.models.lora import adapted_weight
 
 Axes = str | tuple[str, ...] | None
 PartitionSpec = tuple[Axes, ...]
@@ -58,10 +59,31 @@ def partition_of(model_type: str, name: str, shape: tuple[int, ...], mesh: MeshS
     Raises:
         KeyError: the architecture's table does not name the parameter.
     """
+    spec = _rule_of(model_type, name)
+    return tuple(_that_divide(entry, size, mesh) for entry, size in zip(spec, shape, strict=True))
+
+
+def _rule_of(model_type: str, name: str) -> PartitionSpec:
+    if adapted := adapted_weight(name):
+        return _adapter_rule(_rule_of(model_type, adapted[0]), adapted[1])
     for pattern, spec in SHARDING_RULES[model_type]:
         if re.search(pattern, name):
-            return tuple(_that_divide(entry, size, mesh) for entry, size in zip(spec, shape, strict=True))
+            return spec
     raise KeyError(f"no sharding rule for parameter {name} of a {model_type} model")
+
+
+def _adapter_rule(weight: PartitionSpec, which: str) -> PartitionSpec:
+    """An adapter's matrices lie as the weight that they adapt: A ``[rank, in]`` like its inputs, B ``[out, rank]`` like
+    its outputs.
+
+    Of experts, A is ``[experts · rank, in]``, so that a part of it is whole experts. B is ``[out, rank · experts]``:
+    each expert is spread over all of it, and it is split as the weight's inputs are for the sake of memory alone.
+    """
+    if len(weight) == 2:
+        outputs, inputs = weight
+        return (None, inputs) if which == "A" else (outputs, None)
+    experts, inputs, outputs = weight
+    return (experts, inputs) if which == "A" else (outputs, inputs)
 
 
 def whole(spec: PartitionSpec) -> PartitionSpec:
@@ -70,8 +92,8 @@ def whole(spec: PartitionSpec) -> PartitionSpec:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a parameter belongs to a layer's experts."""
-    return ".experts." in name
+    """Whether a parameter is one of the weights of a layer's experts."""
+    return re.search(r"\.experts\.\w+$", name) is not None
 
 
 def _that_divide(entry: Axes, size: int, mesh: MeshShape) -> Axes:

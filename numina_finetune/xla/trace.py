@@ -26,7 +26,8 @@ from numina_finetune.config import MESH_AXES, RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.attention import SEGMENT_ATTENTION
-from numina_finetune.models.precision import WEIGHT_DTYPES
+from numina_finetune.models.lora import add_adapters
+from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
 from numina_finetune.xla.loops import placeholder
 from numina_finetune.xla.lowering import sharding_text, stablehlo
 from numina_finetune.xla.optimizer import make_adamw
@@ -91,6 +92,7 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     ]
     updated = list(_state(placed, optimizer))
     given: list[_Input] = [
+        *_frozen(placed),
         *((name, "other", buffer, ()) for name, buffer in placed.module.named_buffers()),
         ("learning rate", "other", rate, ()),
         *((name, "batch", tensor, BATCH_SPEC) for batch in batches for name, tensor in batch.items()),
@@ -116,20 +118,31 @@ _Input = tuple[str, str, torch.Tensor, PartitionSpec]
 def _state(placed: Placed, optimizer: torch.optim.Optimizer) -> Iterator[_Input]:
     """What a step replaces by new values."""
     for name, parameter in placed.parameters.items():
-        yield name, "weights", parameter, placed.specs[name]
+        if parameter.requires_grad:
+            yield name, "weights", parameter, placed.specs[name]
     for name, parameter in placed.parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"{name}:{key}", "optimizer", value, placed.specs[name] if value.ndim else ()
+
+
+def _frozen(placed: Placed) -> Iterator[_Input]:
+    """Weights that stay as they are."""
+    for name, parameter in placed.parameters.items():
+        if not parameter.requires_grad:
+            yield name, "weights", parameter, placed.specs[name]
 
 
 def _model(config: RunConfig, geometry: Mapping[str, Any]) -> PreTrainedModel:
     values = dict(geometry)
     model_config = AutoConfig.for_model(values.pop("model_type"), **values)
     model_config.use_cache = False
+    dtype = (COMPUTE_DTYPES if config.lora_rank else WEIGHT_DTYPES)[config.precision]
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model_config, dtype=WEIGHT_DTYPES[config.precision], attn_implementation=SEGMENT_ATTENTION
+            model_config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION
         )
+        if config.lora_rank:
+            add_adapters(model, config, values=False)
     return model
 
 

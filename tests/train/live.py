@@ -30,7 +30,7 @@ def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from numina_finetune.models.export import export_model
+    from numina_finetune.models.export import export_model, trained_weights
     from numina_finetune.models.load import load_config, load_model
     from numina_finetune.models.precision import EXPORT_DTYPES
     from numina_finetune.models.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     for seed in range(2):
         backend.step([backend.put_batch(_rows(seed, 4))], 1e-2)
     export_model(
-        _stored(backend, folder),
+        trained_weights(_stored(backend, folder), config, tokenizer, EXPORT_DTYPES[config.precision]),
         folder / "model",
         config=load_config(config, tokenizer),
         tokenizer=tokenizer,
