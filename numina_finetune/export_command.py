@@ -21,12 +21,12 @@ from numina_finetune.config import RunConfig
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
-from numina_finetune.models.load import load_config, load_generation_config
+from numina_finetune.models.load import base_fingerprint, load_config, load_generation_config
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
 from numina_finetune.train.place import DATA_REPORT, store_model
-from numina_finetune.train.record import RECORD, read_record
+from numina_finetune.train.record import RECORD, base_faults, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def run_export(url: str, step: str, output: str, dtype: str | None, lora_export:
     config = RunConfig.from_mapping(record["config"], store.address(RECORD))
     if lora_export is not None and not config.lora_rank:
         raise ConfigError(f"--lora-export {lora_export}: {store.url} is a run without adapters: leave the option out")
+    if lora_export != "adapter" and (faults := base_faults(record, base_fingerprint(config))):
+        raise CheckpointError(faults)
     candidates = of_step(store, None if step == "newest" else int(step))
     with _building_place(output) as folder:
         checkpoint = _export_first_sound(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import GptOssConfig, PreTrainedModel
+
+from numina_finetune.config import RunConfig
+from numina_finetune.models.lora import add_adapters, lora_config
 
 ROWS, LENGTH, WINDOW, VOCABULARY = 8, 128, 9, 320
 SEGMENTS = (0, 50, 113, 120)
@@ -76,3 +80,31 @@ def fill_randomly(model: nn.Module) -> None:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(std=0.5 if "router" in name or "sinks" in name else 0.1, generator=generator)
+
+
+LORA = RunConfig(model_name="a-model", precision="fp32", lora_rank=4, lora_alpha=6)
+
+
+def with_adapters(model: PreTrainedModel) -> dict[str, str]:
+    """Give ``model`` adapters of which both matrices are random; PEFT's names of their parameters, by ours."""
+    names = add_adapters(model, LORA)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in sorted(names):
+            model.get_parameter(name).normal_(std=0.1, generator=generator)
+    return names
+
+
+def peft_reference(
+    plain: PreTrainedModel, adapted: PreTrainedModel, names: dict[str, str], batch: Batch
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients that PEFT's own modules in ``plain`` have with the adapters of ``adapted``, by our names."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(lora_config(LORA, plain.config.model_type), plain)
+    theirs = {name: re.sub(r"lora_([AB])\.", r"lora_\1.default.", peft_name) for name, peft_name in names.items()}
+    with torch.no_grad():
+        for name, peft_name in theirs.items():
+            plain.get_parameter(peft_name).copy_(adapted.get_parameter(name))
+    loss, gradients = reference(plain, batch)
+    return loss, {name: gradients.pop(peft_name) for name, peft_name in theirs.items()} | gradients

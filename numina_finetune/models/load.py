@@ -25,7 +25,15 @@ from numina_finetune.models.hub import from_hub, is_staged, resolve_name
 from numina_finetune.models.lora import add_adapters, lora_faults
 from numina_finetune.models.mxfp4 import is_mxfp4
 from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
-from numina_finetune.models.stream import Files, StoredWeights, Weights, fill, find_weights, staged_weights
+from numina_finetune.models.stream import (
+    Files,
+    StoredWeights,
+    Weights,
+    fill,
+    find_weights,
+    fingerprint,
+    staged_weights,
+)
 from numina_finetune.models.weights import ModelWeights, NamedWeights, StreamedWeights
 
 logger = logging.getLogger(__name__)
@@ -93,6 +101,19 @@ def base_weights(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Named
     """The frozen weights of a run with adapters, as it computes with them, read one at a time where that can be."""
     model, source = _open_base(config, load_config(config, tokenizer), COMPUTE_DTYPES[config.precision])
     return ModelWeights(model) if source is None else StreamedWeights(model, source)
+
+
+def base_fingerprint(config: RunConfig) -> str | None:
+    """Tells whether the frozen weights of a run with adapters are those that it began with.
+
+    Returns:
+        None where there is nothing to tell: all weights are trained, or they are made from the seed, or their files
+        cannot be read in part.
+    """
+    if not config.lora_rank or (name := resolve_name(config.model_name)) in BUILTIN:
+        return None
+    files = _find_weights(config, name)
+    return None if files is None else fingerprint(files)
 
 
 def _open_base(

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +86,18 @@ class TensorFile:
     def names(self) -> Sequence[str]:
         """The tensors in it."""
         return list(self._places)
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        return self._data.address.rpartition("/")[2]
+
+    def samples(self, count: int, size: int) -> Iterator[bytes]:
+        """What the file says of its tensors, and ``size`` bytes from each of ``count`` places in it."""
+        yield f"{self.name} {self._data.size} {sorted(self._places.items())}".encode()
+        for number in range(count):
+            start = self._data.size * number // count
+            yield self._data.read(start, min(start + size, self._data.size)).numpy().tobytes()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor.

@@ -6,6 +6,7 @@ those slices are in host memory. Parts that overlap, as those of devices that ho
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -38,6 +39,8 @@ DEQUANTISED = 2**21
 READERS = 8
 """Slices on their way at a time."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
+_SAMPLES, _SAMPLE_BYTES = 256, 2**12
+"""Of a model's files, for their fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ def find_weights(name: str, revision: str | None) -> Files | None:
     paths = {file: find(file, needed=True) for file in sorted(set(named.values()))}
     opened = {file: TensorFile(LocalBytes(path)) for file, path in paths.items() if path is not None}
     return {tensor: opened[file] for tensor, file in named.items()}
+
+
+def fingerprint(files: Files) -> str:
+    """Tells one model's weights from another's: names, types, shapes, and bytes from everywhere in each file.
+
+    Not all bytes: those of a large model take minutes. Training changes every weight a little, so that a few thousand
+    of them tell.
+    """
+    digest = hashlib.sha256()
+    everyone = sorted(set(files.values()), key=lambda file: file.name)
+    for file in everyone:
+        for sample in file.samples(max(1, _SAMPLES // len(everyone)), _SAMPLE_BYTES):
+            digest.update(sample)
+    return digest.hexdigest()[:16]
 
 
 def staged_weights(url: str) -> Files:

@@ -43,7 +43,14 @@ def read_record(store: Store) -> dict[str, Any] | None:
 
 
 def write_record(
-    store: Store, config: RunConfig, *, global_batch: int, data_key: str, tokenizer: str, total_steps: int
+    store: Store,
+    config: RunConfig,
+    *,
+    global_batch: int,
+    data_key: str,
+    tokenizer: str,
+    base: str | None,
+    total_steps: int,
 ) -> None:
     """Write the record of a run's first life."""
     record = {
@@ -53,6 +60,7 @@ def write_record(
         "total_steps": total_steps,
         "data_key": data_key,
         "tokenizer": tokenizer,
+        "base": base,
         "config": config.to_mapping(),
         "versions": versions(),
     }
@@ -120,8 +128,10 @@ def _run_faults(config: RunConfig) -> list[str]:
     return []
 
 
-def resume_faults(record: Mapping[str, Any], *, data_key: str, tokenizer: str, data_may_change: bool) -> None:
-    """Refuse a resume on other data or another tokenizer.
+def resume_faults(
+    record: Mapping[str, Any], *, data_key: str, tokenizer: str, base: str | None, data_may_change: bool
+) -> None:
+    """Refuse a resume on other data, with another tokenizer, or beside other frozen weights.
 
     Raises:
         CheckpointError: naming both values.
@@ -138,8 +148,19 @@ def resume_faults(record: Mapping[str, Any], *, data_key: str, tokenizer: str, d
             f"the tokenizer changed since run {record['run_id']} began: tokenizer was {record['tokenizer']}, is "
             f"{tokenizer}: restore it, or give another --run-id"
         )
-    if faults:
+    if faults := [*faults, *base_faults(record, base)]:
         raise CheckpointError(faults)
+
+
+def base_faults(record: Mapping[str, Any], base: str | None) -> list[str]:
+    """What is wrong with these frozen weights for the adapters of the run."""
+    if record.get("base") == base:
+        return []
+    name = record["config"]["model_name"]
+    return [
+        f"the weights of {name}, beside which run {record['run_id']} trains adapters, changed since it began: their "
+        f"fingerprint was {record.get('base')}, is {base}: restore them, or give another --run-id"
+    ]
 
 
 def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_change: bool) -> None:

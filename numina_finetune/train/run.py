@@ -29,7 +29,7 @@ from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserE
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
-from numina_finetune.models.load import load_config, load_generation_config, open_model
+from numina_finetune.models.load import base_fingerprint, load_config, load_generation_config, open_model
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
@@ -126,7 +126,7 @@ class _Life:
         data, plan = _prepare(config, backend, tokenizer, record)
         _say(backend, f"{place.url}: {_describe(data, plan)}")
         fingerprint = tokenizer_hash(tokenizer)
-        self._claim(record, data, plan, fingerprint)
+        self._claim(record, data, plan, fingerprint, base_fingerprint(config))
         facts = facts_of(
             config,
             data_key=data.index.data_key,
@@ -231,11 +231,15 @@ class _Life:
             if config.trackers:
                 backend.accelerator.end_training()
 
-    def _claim(self, record: Mapping[str, Any] | None, data: Data, plan: Plan, tokenizer: str) -> None:
+    def _claim(
+        self, record: Mapping[str, Any] | None, data: Data, plan: Plan, tokenizer: str, base: str | None
+    ) -> None:
         """Write the run's record in its first life; in a later one, refuse what does not match it."""
         if record is not None:
             may_change = self.config.allow_data_change
-            resume_faults(record, data_key=data.index.data_key, tokenizer=tokenizer, data_may_change=may_change)
+            resume_faults(
+                record, data_key=data.index.data_key, tokenizer=tokenizer, base=base, data_may_change=may_change
+            )
             if record["data_key"] != data.index.data_key:
                 _say(
                     self.backend,
@@ -250,6 +254,7 @@ class _Life:
                 global_batch=plan.batch.global_batch,
                 data_key=data.index.data_key,
                 tokenizer=tokenizer,
+                base=base,
                 total_steps=plan.total_steps,
             )
         self.backend.processes.barrier()

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from numina_finetune.config import BATCH_AXES
 from numina_finetune.errors import ConfigError
-from numina_finetune.models.experts import STATIC_EXPERTS
+from numina_finetune.models.experts import STATIC_EXPERTS, expert_weight
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.jax_programs import JaxPrograms
 from numina_finetune.xla.sharding import PartitionSpec, partition_of
@@ -89,13 +89,20 @@ class SplitExperts:
         self, module: nn.Module, hidden: torch.Tensor, indices: torch.Tensor, shares: torch.Tensor
     ) -> torch.Tensor:
         """See `numina_finetune.models.experts.static_experts`; weights come split, as the parameters are."""
-        weights = [getattr(module, name) for name in WEIGHTS]
-        specs = self._specs(weights)
+        plain = [getattr(module, name) for name in WEIGHTS]
+        specs = self._specs(plain)
+        weights = [self._effective(module, name, spec) for name, spec in zip(WEIGHTS, specs, strict=True)]
         rows = self.constraints(hidden, "tokens"), self.constraints.place(indices.int(), "tokens")
         mixed: torch.Tensor = _Apply.apply(  # type: ignore[no-untyped-call]
             self, (module.alpha, module.limit, specs), *rows, self.constraints(shares, "tokens"), *weights
         )
         return mixed
+
+    def _effective(self, module: nn.Module, name: str, spec: PartitionSpec) -> torch.Tensor:
+        """The weight with what an adapter adds, made where the weight lies."""
+        weight: torch.Tensor = getattr(module, name)
+        effective = weight if name.endswith("_bias") else expert_weight(module, name)
+        return effective if effective is weight else self.constraints.mark(effective, spec)
 
     def call(self, what: str, shape: tuple[Any, ...], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run ``forward`` or ``backward`` of one layer's experts."""

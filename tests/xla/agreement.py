@@ -1,9 +1,9 @@
 """The step's loss and gradients on XLA beside plain transformers', in a process of its own.
 
 ``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots``, ``unrolled,full`` or
-``scan,full,8 experts,dropless`` (gpt-oss). Prints one JSON object: by case the relative difference of the loss, the
-largest relative L2 difference of a gradient tensor, and how many matrix products the program of the gradients has. The
-logits are cut small, into several chunks, but for a case of ``whole``.
+``scan,full,8 experts,dropless`` (gpt-oss), with ``lora`` beside PEFT's own modules. Prints one JSON object: by case the
+relative difference of the loss, the largest relative L2 difference of a gradient tensor, and how many matrix products
+the program of the gradients has. The logits are cut small, into several chunks, but for a case of ``whole``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from tests.reference import (
     fill_randomly,
     gpt_oss_config,
     packed_rows,
+    peft_reference,
     reference,
+    with_adapters,
 )
 
 
@@ -117,7 +119,11 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
         form, remat, *more = case.split(",")
         layers, tied = int(next((m for m in more if m.isdecimal()), "4")), "untied" not in more
         experts = next((int(m.removesuffix(" experts")) for m in more if m.endswith(" experts")), 0)
-        loss, gradients = reference(tiny(layers, dtype, tied, experts), batch)
+        model, plain = tiny(layers, dtype, tied, experts), tiny(layers, dtype, tied, experts)
+        if "lora" in more:
+            loss, gradients = peft_reference(plain, model, with_adapters(model), batch)
+        else:
+            loss, gradients = reference(plain, batch)
         elements = ROWS * LENGTH * VOCABULARY // 24 if "whole" not in more else ROWS * LENGTH * VOCABULARY * 2
         loss_module.ChunkedCrossEntropy.__init__.__defaults__ = (elements,)  # type: ignore[misc]
         chunks = next((m for m in more if m in ("sequence", "vocabulary")), "auto")
@@ -131,7 +137,6 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
             expert_capacity=float(experts or 1),  # room for all tokens at one expert
             loss_chunks=chunks,
         )
-        model = tiny(layers, dtype, tied, experts)
         our_loss, our_gradients, products = ours(model, batch, options, mesh, shape)
         assert our_gradients.keys() == gradients.keys()
         differences = [

@@ -72,6 +72,22 @@ def test_gpt_oss_by_kernels_has_the_same_loss_and_gradients(mesh: str, attention
         assert gradient < GRADIENT["fp32"], case
 
 
+@pytest.mark.parametrize(
+    ("mesh", "cases"),
+    [
+        ("fsdp=2,expert=2", ["scan,full,8 experts,lora", "unrolled,full,8 experts,2,lora,dropless"]),
+        ("fsdp=2,tensor=2", ["scan,none,lora", "unrolled,full,8 experts,2,lora"]),
+        pytest.param(
+            "fsdp=2,tensor=2", ["scan,dots,untied,lora,vocabulary", "unrolled,none,lora"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_adapters_have_the_loss_and_gradients_that_peft_gives_them(mesh: str, cases: list[str]) -> None:
+    for case, (loss, gradient, _) in agreement(4, "fp32", mesh, "torch", *cases).items():
+        assert loss < LOSS["fp32"], case
+        assert gradient < GRADIENT["fp32"], case
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernel is JAX's, which is not installed")
 def test_the_splash_kernel_gives_the_same_loss_and_gradients() -> None:
     for case, (loss, gradient, _) in agreement(
