@@ -58,6 +58,11 @@ def test_nothing_given_means_every_default(resolved: Callable[..., RunConfig]) -
     assert resolved() == RunConfig(backend="native")
 
 
+@pytest.mark.parametrize("spelling", ["--lora-rank", "--lora-r", "--lora_r"])
+def test_the_adapters_rank_has_a_second_name(resolved: Callable[..., RunConfig], spelling: str) -> None:
+    assert resolved(spelling, "4").lora_rank == RunConfig.from_mapping({"lora_r": 4}).lora_rank == 4
+
+
 def test_a_value_keeps_its_underscores_and_spaces(resolved: Callable[..., RunConfig]) -> None:
     config = resolved(*NEEDED, "--run-id", "my_run", "--system-prompt", "think --hard_er")
     assert (config.run_id, config.system_prompt) == ("my_run", "think --hard_er")

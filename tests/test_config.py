@@ -148,6 +148,11 @@ def test_identity_and_configuration_survive_a_yaml_file() -> None:
     assert RunConfig.from_mapping(yaml.safe_load(yaml.safe_dump(config.to_mapping()))) == config
 
 
+def test_runs_without_adapters_have_the_identity_that_they_had_before_there_were_any() -> None:
+    assert not [name for name in BASE.identity() if name.startswith("lora")]
+    assert changed(lora_rank=4).identity()["lora_rank"] == 4
+
+
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +181,10 @@ def test_identity_and_configuration_survive_a_yaml_file() -> None:
         ("optim", "sgd"),
         ("report_to", "wandb,comet"),
         ("resume_from_checkpoint", "newest"),
+        ("lora_rank", -1),
+        ("lora_alpha", 8),
+        ("lora_targets", "q_proj"),
+        ("lora_export", "adapter"),
         ("run_id", "a/b"),
         ("run_id", ".."),
         ("run_id", ""),
@@ -183,6 +192,12 @@ def test_identity_and_configuration_survive_a_yaml_file() -> None:
 )
 def test_a_value_out_of_range_is_one_fault_that_names_its_flag(name: str, value: Any) -> None:
     (fault,) = config_faults(changed(**{name: value}))
+    assert "--" + name.replace("_", "-") in fault
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_alpha", 0), ("lora_export", "both of them")])
+def test_an_adapters_value_out_of_range_is_one_fault_that_names_its_flag(name: str, value: Any) -> None:
+    (fault,) = config_faults(changed(lora_rank=4, **{name: value}))
     assert "--" + name.replace("_", "-") in fault
 
 

@@ -32,6 +32,14 @@ def test_a_tokens_flops_count_what_multiplies_it(tied: bool) -> None:
     assert flops.attention == 2 * 12 * 4 * 8 * 5, "nine places see five keys on average"
 
 
+def test_frozen_weights_have_no_gradients_to_count() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(num_hidden_layers=1))
+        trained = token_flops(model, length=4)
+        frozen = token_flops(model.requires_grad_(False), length=4)
+    assert frozen.products == trained.products * 4 / 6
+
+
 def test_experts_count_by_the_share_that_a_token_is_sent_to_and_windows_by_their_keys() -> None:
     config = GptOssConfig(
         vocab_size=100,
