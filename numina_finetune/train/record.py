@@ -177,7 +177,7 @@ def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_ch
     except Unsound as error:
         raise CheckpointError(error.faults) from error
     told = {"model": "model", "tokenizer": "tokenizer", "optimizer": "optimizer", "precision": "--precision"}
-    told["lora"] = "LoRA adapters"
+    told |= {"lora": "LoRA adapters", "base": "frozen weights (their fingerprint)"}
     if not data_may_change:
         told["data_key"] = "training data (data_key)"
     hint = {"data_key": "restore it, or go on from the same row position with --allow-data-change"}
@@ -192,7 +192,14 @@ def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_ch
 
 
 def facts_of(
-    config: RunConfig, *, data_key: str, tokenizer: str, global_batch: int, mesh: Mapping[str, int], backend: str
+    config: RunConfig,
+    *,
+    data_key: str,
+    tokenizer: str,
+    base: str | None,
+    global_batch: int,
+    mesh: Mapping[str, int],
+    backend: str,
 ) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run besides its files."""
     return {
@@ -201,6 +208,7 @@ def facts_of(
         "tokenizer": tokenizer,
         "precision": config.precision,
         "lora": config.adapters,
+        "base": base,
         "optimizer": {name: getattr(config, name) for name in OPTIMIZER_SETTINGS},
         "data_key": data_key,
         "global_batch_size": global_batch,

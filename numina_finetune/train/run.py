@@ -125,12 +125,13 @@ class _Life:
         record = backend.processes.broadcast(read_record(place.store) if backend.process_index == 0 else None)
         data, plan = _prepare(config, backend, tokenizer, record)
         _say(backend, f"{place.url}: {_describe(data, plan)}")
-        fingerprint = tokenizer_hash(tokenizer)
-        self._claim(record, data, plan, fingerprint, base_fingerprint(config))
+        fingerprint, base = tokenizer_hash(tokenizer), base_fingerprint(config)
+        self._claim(record, data, plan, fingerprint, base)
         facts = facts_of(
             config,
             data_key=data.index.data_key,
             tokenizer=fingerprint,
+            base=base,
             global_batch=plan.batch.global_batch,
             mesh=backend.mesh_shape.by_axis,
             backend=backend.name,
