@@ -75,10 +75,15 @@ class Constraints:
         Args:
             used: its partition there; whole over the axes that split weights, if not given.
         """
-        small, used = weight.to(dtype), whole(spec) if used is None else used
+        small, used = computed(weight, dtype), whole(spec) if used is None else used
         if self.shape.shards == 1 or used == spec:
             return small
         return self.mark(self.mark(small, spec), used)
+
+
+def computed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``weight`` in the compute type, as the result of an operation; what has no value cannot be marked otherwise."""
+    return weight * 1 if weight.dtype == dtype else weight.to(dtype)  # XLA drops "* 1"
 
 
 class _Place(torch.autograd.Function):

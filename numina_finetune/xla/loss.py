@@ -21,7 +21,7 @@ from torch import nn
 
 from numina_finetune.data.loader import NO_LOSS
 from numina_finetune.train.loss import accumulation_dtype
-from numina_finetune.xla.constraints import Constraints
+from numina_finetune.xla.constraints import Constraints, computed
 from numina_finetune.xla.loops import Loop, Tensors
 from numina_finetune.xla.sharding import PartitionSpec
 from numina_finetune.xla.weights import master_of
@@ -244,7 +244,7 @@ class ByVocabulary(ChunkedCrossEntropy):
         # Half, because beside a block's logits lies its weight, in more than one layout.
         largest = max(1, self._chunk_elements // 2 // (self._rows(hidden) * hidden.shape[1]))
         size = _divisor_of(columns, largest)
-        small = self._constraints.mark(master.to(self._dtype), self._spec)
+        small = self._constraints.mark(computed(master, self._dtype), self._spec)
         blocks = small.reshape(tensor, columns // size, size, -1).transpose(0, 1)
         numbers = torch.arange(master.shape[0], device=master.device, dtype=torch.int32)
         numbers = numbers.reshape(tensor, columns // size, size).transpose(0, 1).reshape(columns // size, -1)
