@@ -104,9 +104,7 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     ]
     with named_modules(placed.module):
         metrics = train_step(placed, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)
-    # On devices a parameter keeps its split; here the compiler would choose where each new value lies.
-    updates = [placed.constraints.mark(tensor.detach(), spec) for _, _, tensor, spec in _state(placed, optimizer)]
-    outputs = [metrics, *updates]
+    outputs = [metrics, *(_as_given(placed, tensor, spec) for _, _, tensor, spec in _state(placed, optimizer))]
     donated = {number: number + 1 for number in range(len(updated))}
     return stablehlo(inputs, outputs, [argument.sharding for argument in arguments], donated), arguments
 
@@ -130,6 +128,11 @@ def _frozen(placed: Placed) -> Iterator[_Input]:
     for name, parameter in placed.parameters.items():
         if not parameter.requires_grad:
             yield name, "weights", parameter, placed.specs[name]
+
+
+def _as_given(placed: Placed, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
+    """A new value where the old one lies, whose memory it takes: left free, the compiler may split a small one."""
+    return placed.constraints.mark(tensor.detach(), spec) if tensor.ndim else tensor.detach()
 
 
 def _model(config: RunConfig, geometry: Mapping[str, Any]) -> PreTrainedModel:

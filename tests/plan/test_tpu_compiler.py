@@ -40,6 +40,13 @@ def test_a_tiny_step_compiles_for_v5e() -> None:
     assert any("layers" in module or "embed_tokens" in module for module in modules)
 
 
+def test_a_step_with_adapters_compiles_with_moments_of_the_adapters_alone() -> None:
+    code, out, err = plan("--per-device-train-batch-size", "2", "--lora-rank", "8", "--json")
+    assert code == 0, err
+    kinds = json.loads(out)["hbm_by_kind"]
+    assert 0 < kinds["optimizer"] < kinds["weights"]
+
+
 def test_a_batch_beyond_all_memory_is_refused_with_3() -> None:
     code, out, err = plan("--per-device-train-batch-size", "65536")
     assert code == 3, err
