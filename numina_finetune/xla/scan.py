@@ -75,17 +75,17 @@ class ScannedLayers(nn.Module):
         )
         return output
 
-    def run(self, hidden: torch.Tensor, weights: Sequence[torch.Tensor], arguments: Mapping[str, Any]) -> torch.Tensor:
-        """One turn."""
-        for number, layer in enumerate(self._group):
-            own = {
-                name.partition(".")[2]: weight
-                for name, weight in zip(self._names, weights, strict=True)
-                if name.startswith(f"{number}.")
-            }
-            hidden = torch.func.functional_call(layer, own, (hidden,), dict(arguments))
-            hidden = self._constraints(hidden, "hidden")
-        return hidden
+    def run(
+        self, number: int, hidden: torch.Tensor, weights: Sequence[torch.Tensor], arguments: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """One layer of a turn's group, ``weights`` being the whole group's."""
+        own = {self._names[place].partition(".")[2]: weights[place] for place in self.own_weights(number)}
+        hidden = torch.func.functional_call(self._group[number], own, (hidden,), dict(arguments))
+        return self._constraints(hidden, "hidden")
+
+    def own_weights(self, number: int) -> list[int]:
+        """Which of the weights are those of this layer of the group."""
+        return [place for place, name in enumerate(self._names) if name.startswith(f"{number}.")]
 
     def gathered(self, rows: Sequence[torch.Tensor], one: torch.Tensor) -> Tensors:
         """One turn's weights as it computes with them.
@@ -109,7 +109,9 @@ class _Program:
         self._layers, self._rebuild = layers, rebuild
         self._trained: tuple[bool, ...] = ()
         self._counts = False
-        self._saved = SavedTensors() if layers._remat == "none" else None
+        self._saved = [SavedTensors() for _ in layers._group] if layers._remat == "none" else []
+        self._kept = [0 for _ in layers._group]
+        """How many tensors each layer of the group keeps."""
         self._evaluation = Loop(self._evaluate_turn)
         self._forward, self._backward = Loop(self._forward_turn), Loop(self._backward_turn)
 
@@ -120,8 +122,8 @@ class _Program:
     def forward(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> tuple[torch.Tensor, Tensors]:
         """The last layer's result, and what backward needs: each turn's input, and what is kept of it."""
         self._trained = tuple(weight.requires_grad for weight in weights)
-        if self._saved is not None:
-            self._choose(self._saved, hidden, weights, constants)
+        for number, saved in enumerate(self._saved):
+            self._choose(number, saved, hidden, weights, constants)
         turns = self._layers._turns
         (output,), kept = self._forward([hidden], weights, constants, turns=turns)
         if self._counts:
@@ -140,46 +142,77 @@ class _Program:
         return first, [next(following) if trained else None for trained in self._trained]
 
     def _evaluate_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
-        layers = self._layers
-        return [layers.run(carry[0], layers.gathered(rows, constants[-1]), self._rebuild(constants))], []
+        layers, (hidden,) = self._layers, carry
+        weights, arguments = layers.gathered(rows, constants[-1]), self._rebuild(constants)
+        for number in range(len(layers._group)):
+            hidden = layers.run(number, hidden, weights, arguments)
+        return [hidden], []
 
     def _forward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
-        layers = self._layers
-        hidden, leaves = carry[0].detach().requires_grad_(), self._leaves(rows, constants[-1])
-        arguments = self._rebuild(constants)
+        hidden, leaves, arguments = carry[0], self._leaves(rows, constants[-1]), self._rebuild(constants)
+        everything: Tensors = []
         with counting() as counted:
-            if self._saved is not None:
-                with torch.set_grad_enabled(True):
-                    output, kept = self._saved.forward(lambda: layers.run(hidden, leaves, arguments))
-            elif layers._remat == "dots":
-                with torch.set_grad_enabled(True), keeping(None) as kept:
-                    output = layers.run(hidden, leaves, arguments)
-            else:
-                output, kept = layers.run(hidden.detach(), leaves, arguments), []
+            for number in range(len(self._layers._group)):
+                hidden, kept = self._forward_layer(number, hidden.detach(), leaves, arguments)
+                self._kept[number] = len(kept)
+                everything += kept
         self._counts = bool(counted)
         totals = [torch.stack(counted).sum(0)] if counted else []
-        return [output.detach()], [hidden.detach(), *kept, *totals]
+        return [hidden], [*everything, *totals]
+
+    def _forward_layer(
+        self, number: int, hidden: torch.Tensor, leaves: Tensors, arguments: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, Tensors]:
+        """A layer's result, and what is kept of it: its input first."""
+        layers, source = self._layers, hidden.requires_grad_()
+        kept: Tensors = []
+        if self._saved:
+            with torch.set_grad_enabled(True):
+                output, kept = self._saved[number].forward(lambda: layers.run(number, source, leaves, arguments))
+        elif layers._remat == "dots":
+            with torch.set_grad_enabled(True), keeping(None) as kept:
+                output = layers.run(number, source, leaves, arguments)
+        else:
+            output = layers.run(number, source.detach(), leaves, arguments)
+        return output.detach(), [source.detach(), *kept]
 
     def _backward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
+        """Layer by layer from the last one: each is computed again from its own input, and no other with it."""
         layers = self._layers
         kept, weights = rows[: -len(layers._names)], rows[-len(layers._names) :]
+        leaves, arguments, gradient = self._leaves(weights, constants[-1]), self._rebuild(constants), carry[0]
+        found: dict[int, torch.Tensor] = {}
+        for number in reversed(range(len(layers._group))):
+            first = sum(self._kept[:number])
+            own = kept[first : first + self._kept[number]]
+            trained = [place for place in layers.own_weights(number) if self._trained[place]]
+            gradient, by_weight = self._backward_layer(number, gradient, own, leaves, trained, arguments)
+            # Split at once, turn by turn: a whole layer's gradient never exists for longer than its turn.
+            for place, own_gradient in zip(trained, by_weight, strict=True):
+                found[place] = layers._constraints.mark(own_gradient, layers._specs[place])
+        return [gradient], [found[place] for place in sorted(found)]
+
+    def _backward_layer(
+        self,
+        number: int,
+        gradient: torch.Tensor,
+        kept: Tensors,
+        leaves: Tensors,
+        trained: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Gradients of a layer's input, and of its trained weights."""
+        layers = self._layers
         hidden = layers._constraints.place(kept[0], "hidden").detach().requires_grad_()
-        leaves = self._leaves(weights, constants[-1])
         given: AbstractContextManager[Any] = nullcontext()
-        if self._saved is not None:
-            given = self._saved.given(kept[1:])
+        if self._saved:
+            given = self._saved[number].given(kept[1:])
         elif layers._remat == "dots":
             given = keeping(kept[1:])
         with torch.set_grad_enabled(True), given:
-            output = layers.run(hidden, leaves, self._rebuild(constants))
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        first, *others = torch.autograd.grad(output, [hidden, *trained], carry[0])
-        specs = [spec for spec, leaf in zip(layers._specs, leaves, strict=True) if leaf.requires_grad]
-        # Split at once, turn by turn: a whole layer's gradient never exists for longer than its turn.
-        return (
-            [layers._constraints.place(first, "hidden")],
-            [layers._constraints.mark(found, spec) for found, spec in zip(others, specs, strict=True)],
-        )
+            output = layers.run(number, hidden, leaves, arguments)
+        first, *others = torch.autograd.grad(output, [hidden, *(leaves[place] for place in trained)], gradient)
+        return layers._constraints.place(first, "hidden"), others
 
     def _leaves(self, rows: Sequence[torch.Tensor], one: torch.Tensor) -> Tensors:
         gathered = self._layers.gathered(rows, one)
@@ -187,7 +220,9 @@ class _Program:
             weight.detach().requires_grad_(trained) for weight, trained in zip(gathered, self._trained, strict=True)
         ]
 
-    def _choose(self, saved: SavedTensors, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> None:
+    def _choose(
+        self, number: int, saved: SavedTensors, hidden: torch.Tensor, weights: Tensors, constants: Tensors
+    ) -> None:
         """Find out on a copy of the layer what backward needs of what depends on the layer's input."""
         if saved.chosen:
             return
@@ -200,7 +235,7 @@ class _Program:
             leaves = self._leaves(others[: len(weights)], same[-1])
         source.requires_grad_()
         with torch.set_grad_enabled(True):
-            saved.choose(lambda: self._layers.run(source, leaves, self._rebuild(same)), inputs)
+            saved.choose(lambda: self._layers.run(number, source, leaves, self._rebuild(same)), inputs)
 
 
 class _Scan(torch.autograd.Function):
