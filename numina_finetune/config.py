@@ -211,9 +211,13 @@ class RunConfig:
         "number of rows for each expert, what is over is dropped and counted), dense (every expert sees every token) "
         "or auto, which is dropless on TPUs.",
         "Devices",
+        identity=False,
     )
     expert_capacity: float = option(
-        1.25, "--experts capacity: rows that an expert takes from a device, over the mean.", "Devices"
+        1.25,
+        "--experts capacity: rows that an expert takes from a device, over the mean.",
+        "Devices",
+        identity=False,
     )
     loss_chunks: str = option(
         "auto",
@@ -346,6 +350,8 @@ class RunConfig:
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         if not self.lora_rank:  # runs that began before there were adapters go on
             identity = {name: value for name, value in identity.items() if not name.startswith("lora_")}
+        if self.experts == "capacity":  # the only form that computes something else: it drops tokens
+            identity["expert_capacity"] = self.expert_capacity
         identity["against"] = list(self.against)  # as YAML gives it back
         identity["datasets"] = [dataclasses.asdict(source) for source in self.datasets]
         if self.global_batch_size is not None:

@@ -12,6 +12,8 @@ import yaml
 from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig, SourceConfig, load_yaml
 from numina_finetune.errors import ConfigError
+from numina_finetune.model_defaults import default_mesh, with_model_defaults
+from tests.conftest import ROOT
 
 BASE = RunConfig(model_name="tiny-qwen3", datasets=(SourceConfig("synthetic-gsm8k"),), output_dir="runs")
 
@@ -151,6 +153,31 @@ def test_identity_and_configuration_survive_a_yaml_file() -> None:
 def test_runs_without_adapters_have_the_identity_that_they_had_before_there_were_any() -> None:
     assert not [name for name in BASE.identity() if name.startswith("lora")]
     assert changed(lora_rank=4).identity()["lora_rank"] == 4
+
+
+def test_how_experts_are_computed_is_no_identity_unless_tokens_are_dropped() -> None:
+    assert changed(experts="dropless", expert_capacity=2.0).identity() == BASE.identity()
+    assert changed(experts="capacity").identity() != BASE.identity()
+    assert changed(experts="capacity").identity() != changed(experts="capacity", expert_capacity=2.0).identity()
+
+
+# --- a model's own defaults -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["20b", "120b"])
+def test_gpt_oss_alone_means_its_recipe(size: str, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_yaml(str(ROOT / "configs" / "recipes" / f"numina_tir_gpt_oss_{size}.yaml"))
+    with caplog.at_level("INFO", logger="numina_finetune"):
+        taken = with_model_defaults({"model_name": f"openai/oss-{size}", "learning_rate": 3e-5})
+    assert taken.pop("learning_rate") == 3e-5
+    assert taken.pop("model_name") == f"openai/oss-{size}"
+    assert taken
+    assert taken == {name: recipe[name] for name in taken}
+    assert "--max-seq-length 4096" in caplog.text
+    assert "--learning-rate" not in caplog.text
+    assert default_mesh(f"openai/oss-{size}", 64) == recipe["mesh"]
+    assert default_mesh(f"openai/oss-{size}", 3) is None
+    assert with_model_defaults({"model_name": "tiny-qwen3"}) == {"model_name": "tiny-qwen3"}
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class Fitted:
     parameters: int
     active_parameters: int
     """Of which a token meets so many."""
+    token_flops: float
+    """Of one token's products, forward and backward: 6 a parameter that it meets, 4 a frozen one."""
     trace_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float
@@ -193,7 +195,7 @@ class TpuCompiler:
         sizes = told["memory"]
         total = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"] + sizes["generated_code"]
         peak = sizes["peak"] + sizes["generated_code"] if sizes["peak"] else total
-        parameters, active = parameter_counts(traced.arguments, self._geometry)
+        parameters, active, token_flops = parameter_counts(traced.arguments, self._geometry)
         return Fitted(
             candidate,
             peak,
@@ -203,6 +205,7 @@ class TpuCompiler:
             costs_of(program),
             parameters,
             active,
+            token_flops,
             traced.seconds,
             told["seconds"],
             told["cpu_seconds"],
@@ -229,9 +232,10 @@ def missing_packages() -> list[str]:
     return [name for name in ("torch_xla", "jax", "libtpu") if importlib.util.find_spec(name) is None]
 
 
-def parameter_counts(arguments: Sequence[Mapping[str, Any]], geometry: Mapping[str, Any]) -> tuple[int, int]:
-    """All parameters, and those that one token meets: of the experts only those that it is sent to."""
-    total = active = 0.0
+def parameter_counts(arguments: Sequence[Mapping[str, Any]], geometry: Mapping[str, Any]) -> tuple[int, int, float]:
+    """All parameters; those that one token meets, of the experts only those that it is sent to; and what it computes
+    with these, forward and backward: see `Fitted.token_flops`."""
+    total = active = flops = 0.0
     for argument in arguments:
         if argument["kind"] != "weights":
             continue
@@ -242,7 +246,8 @@ def parameter_counts(arguments: Sequence[Mapping[str, Any]], geometry: Mapping[s
         if ".experts." in argument["name"]:
             count *= geometry["num_experts_per_tok"] / geometry["num_local_experts"]
         active += count
-    return int(total), int(active)
+        flops += count * (4.0 if argument.get("frozen") else 6.0)
+    return int(total), int(active), flops
 
 
 def _described(arguments: Sequence[Mapping[str, Any]], geometry: Mapping[str, Any], mesh: MeshShape) -> Arguments:

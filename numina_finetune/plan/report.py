@@ -65,7 +65,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model_flops": model_flops(fitted) if fitted else None,
         "matmul_flops": fitted.costs.matmul_flops if fitted else None,
         "kernel_flops": fitted.costs.kernel_flops if fitted else None,
-        "matmul_flops_ratio": fitted.costs.matmul_flops / model_flops(fitted) if fitted else None,
+        "matmul_flops_ratio": _ratio(fitted) if fitted else None,
         "collective_bytes": fitted.costs.total_collective_bytes if fitted else None,
         "collectives": _collectives(fitted) if fitted else None,
         "estimated_cycles": fitted.costs.cycles if fitted else None,
@@ -126,13 +126,18 @@ def memory_by_kind(fitted: Fitted) -> dict[str, float]:
     return {kind: kinds[kind] for kind in _KINDS_SHOWN}
 
 
+def _ratio(fitted: Fitted) -> float:
+    """Products, those of kernels as these state them, over 6·N·tokens."""
+    return (fitted.costs.matmul_flops + fitted.costs.kernel_flops) / model_flops(fitted)
+
+
 def _cost_lines(plan: Plan, fitted: Fitted) -> Iterable[str]:
     costs, chip = fitted.costs, plan.tpu.chip
     useful = model_flops(fitted)
     kernels = f", {costs.kernel_flops / 1e12:.2f} more in kernels" if costs.kernel_flops else ""
     yield (
         f"products: {costs.matmul_flops / 1e12:.2f} TFLOP a chip and step{kernels}; 6·N·tokens is {useful / 1e12:.2f}: "
-        f"{costs.matmul_flops / useful:.2f} times"
+        f"{_ratio(fitted):.2f} times"
     )
     parts = ", ".join(
         f"{kind} {count:,.0f} x, {_gb(costs.collective_bytes[kind])}"

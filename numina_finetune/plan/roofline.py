@@ -40,8 +40,11 @@ def bound_of(fitted: Fitted, tpu: Slice) -> Bound:
 
 
 def model_flops(fitted: Fitted) -> float:
-    """6·N·tokens of one step for each chip, N being the parameters that a token meets; attention is left out."""
-    return 6.0 * fitted.active_parameters * fitted.candidate.tokens / fitted.candidate.mesh.devices
+    """6·N·tokens of one step for each chip, N being the parameters that a token meets; attention is left out.
+
+    Frozen parameters count 4: their own gradients are never made.
+    """
+    return fitted.token_flops * fitted.candidate.tokens / fitted.candidate.mesh.devices
 
 
 def ranking_seconds(fitted: Fitted, tpu: Slice) -> float:

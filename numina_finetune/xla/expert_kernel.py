@@ -93,7 +93,7 @@ class Experts:
     ) -> tuple[Any, Any]:
         rows_axes, columns_axes = self.weight_specs[0][1], self.weight_specs[2][2]
         # What follows wants other layouts. Without these the compiler would give them to the whole stack of layers,
-        # in a second copy of the fp32 masters that lives as long as the loop over them (7.5 GB of 120B on 64 chips).
+        # in a second copy of the fp32 masters that lives as long as the loop over them (5 GB a chip of 120B on 64).
         gate_up, down = (with_layout_constraint(part, Layout(major_to_minor=(0, 1, 2))) for part in (gate_up, down))
         # Gates apart from ups on the part at hand, before it is gathered.
         halves = [gate_up[..., ::2], gate_up[..., 1::2]]

@@ -50,6 +50,8 @@ class Argument:
     shape: tuple[int, ...]
     dtype: str
     sharding: str
+    frozen: bool
+    """A weight that the step leaves as it is."""
 
 
 class _Placeholders:
@@ -99,8 +101,15 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     ]
     inputs = [tensor.detach().clone() for _, _, tensor, _ in (*updated, *given)]
     arguments = [
-        Argument(name, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), sharding_text(spec, shape))
-        for name, kind, tensor, spec in (*updated, *given)
+        Argument(
+            name,
+            kind,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            sharding_text(spec, shape),
+            frozen=kind == "weights" and number >= len(updated),
+        )
+        for number, (name, kind, tensor, spec) in enumerate((*updated, *given))
     ]
     with named_modules(placed.module):
         metrics = train_step(placed, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)

@@ -142,9 +142,10 @@ def test_a_token_meets_only_the_experts_it_is_sent_to() -> None:
     arguments = [
         {"name": "model.embed_tokens.weight", "kind": "weights", "shape": (10, 4)},
         {"name": "model.layers.0.mlp.experts.gate_up_proj", "kind": "weights", "shape": (8, 4, 4)},
+        {"name": "model.norm.weight", "kind": "weights", "shape": (4,), "frozen": True},
         {"name": "model.embed_tokens.weight:exp_avg", "kind": "optimizer", "shape": (10, 4)},
     ]
-    assert parameter_counts(arguments, {"num_experts_per_tok": 2, "num_local_experts": 8}) == (168, 72)
+    assert parameter_counts(arguments, {"num_experts_per_tok": 2, "num_local_experts": 8}) == (172, 76, 72 * 6 + 4 * 4)
 
 
 def test_a_text_without_an_entry_is_refused() -> None:

@@ -31,7 +31,7 @@ class Formula:
         peak = self.memory(candidate.batch)
         if peak > self.limit:
             return TooLarge(candidate, peak, self.limit, [], 0.0, 0.0)
-        return Fitted(candidate, peak, peak, {}, Memory(()), Costs(cycles=1.0), 1, 1, 0.0, 0.0, 0.0)
+        return Fitted(candidate, peak, peak, {}, Memory(()), Costs(cycles=1.0), 1, 1, 6.0, 0.0, 0.0, 0.0)
 
 
 def candidate(batch: int, **options: object) -> Candidate:

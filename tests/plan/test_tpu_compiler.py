@@ -47,6 +47,17 @@ def test_a_step_with_adapters_compiles_with_moments_of_the_adapters_alone() -> N
     assert 0 < kinds["optimizer"] < kinds["weights"]
 
 
+@pytest.mark.parametrize("form", ["dropless", "capacity"])
+def test_a_step_with_experts_compiles_with_the_tokens_exchanged(form: str) -> None:
+    options = ("--model-name", "tiny-gpt-oss", "--experts", form, "--mesh", "fsdp=2,expert=4", "--json")
+    code, out, err = plan(*options, "--per-device-train-batch-size", "2")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["collectives"]
+    assert ("all-to-all" in told["collectives"]) == (form == "capacity")
+    assert (told["kernel_flops"] > 0) == (form == "dropless")
+
+
 def test_a_batch_beyond_all_memory_is_refused_with_3() -> None:
     code, out, err = plan("--per-device-train-batch-size", "65536")
     assert code == 3, err
