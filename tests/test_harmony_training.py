@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from numina_finetune.data.chat import render_prompt
-from numina_finetune.data.formats import format_row
+from numina_finetune.data.formats import format_example
 from tests.conftest import ROOT, Run, environment, real_data
 
 
@@ -55,7 +55,7 @@ def test_a_model_trained_on_real_tool_calls_ends_its_turns_as_harmony_does(tmp_p
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|return|>", "<|call|>")}
     assert set(model.generation_config.eos_token_id) == ends
     for line in lines:
-        example = format_row(json.loads(line), format="numina_tir")
+        example = format_example(json.loads(line), format="numina_tir")
         asked = [message for message in example["messages"] if message["role"] == "user"]
         prompt = render_prompt(asked, tokenizer, tools=example["tools"], family="harmony")
         written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=300)[0]
