@@ -47,16 +47,16 @@ def test_a_model_trained_on_real_tool_calls_ends_its_turns_as_harmony_does(tmp_p
     run = Run(ended.returncode, ended.stdout, tmp_path / "out")
     assert run.code == 0, run.output
     losses = [record["loss"] for record in run.metrics if "loss" in record]
-    assert len(losses) == 6
+    assert len(losses) == 30
     assert losses[-1] < losses[0] / 2
 
     tokenizer = AutoTokenizer.from_pretrained(run.run / "model")
     model = AutoModelForCausalLM.from_pretrained(run.run / "model", dtype=torch.float32)
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|return|>", "<|call|>")}
     assert set(model.generation_config.eos_token_id) == ends
-    for line in lines:
+    for line in lines[:2]:
         example = format_example(json.loads(line), format="numina_tir")
         asked = [message for message in example["messages"] if message["role"] == "user"]
         prompt = render_prompt(asked, tokenizer, tools=example["tools"], family="harmony")
-        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=300)[0]
+        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=200)[0]
         assert int(written[-1]) in ends, tokenizer.decode(written)
