@@ -18,7 +18,7 @@ from numina_finetune.models.precision import COMPUTE_DTYPES, canonical_name, com
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import decays
 from numina_finetune.xla.constraints import Constraints
-from numina_finetune.xla.experts import experts_for, use_experts
+from numina_finetune.xla.experts import experts_for, keep_scores_split, use_experts
 from numina_finetune.xla.loss import cross_entropy_for
 from numina_finetune.xla.remat import enable_gradient_checkpointing
 from numina_finetune.xla.scan import ScannedLayers
@@ -151,6 +151,7 @@ def place_model(
     use_attention(model.config, options.attention, constraints, options.platform)
     use_experts(model.config, options.experts, options.expert_capacity, constraints, options.platform)
     widen_routers(model)
+    keep_scores_split(model)
     decoder, head = model.base_model, model.get_output_embeddings()
     placed: dict[str, nn.Parameter] = {}
     if stacking is not None:
