@@ -166,7 +166,11 @@ def saved_and_gone(training: Started, kind: str) -> Run:
 # --- to the end -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    # Those that a stop is tested with as well run to their end among the slow tests.
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("module", "accelerate") else name for name in FORMS],
+)
 def test_every_launch_form_trains_once_to_the_end(name: str, tmp_path: Path) -> None:
     form = FORMS[name]
     with started(form, tmp_path / "run", "--max-steps", "3", "--logging-steps", "1") as training:

@@ -32,8 +32,10 @@ def test_axes_in_any_order_with_one_left_open(text: str, devices: int, expected:
     assert shape.devices == devices
 
 
-def test_rows_are_split_over_slices_data_and_fsdp_only() -> None:
-    assert parse_mesh("dcn=2,data=3,fsdp=4,expert=5,tensor=6", 720).data_parallel_size == 24
+def test_rows_are_split_over_all_axes_but_tensor() -> None:
+    shape = parse_mesh("dcn=2,data=3,fsdp=4,expert=5,tensor=6", 720)
+    assert shape.data_parallel_size == 120
+    assert shape.shards == 20
 
 
 def test_a_shape_reads_back_as_it_was_written() -> None:

@@ -33,10 +33,10 @@ def test_a_mesh_of_four_devices_follows_the_native_backend(folder: Path, native:
     assert "training-graph compilations: 1; host reads between log lines: 0" in run.output
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=1", "fsdp=2,expert=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp=1", marks=pytest.mark.slow), "fsdp=2,expert=2"])
 def test_gpt_oss_follows_the_native_backend_with_one_compilation_and_no_host_read(folder: Path, mesh: str) -> None:
     options = ("--model-name", "tiny-gpt-oss", "--global-batch-size", "4", "--logging-steps", "1", "--save-steps", "0")
-    options = (*options, "--max-steps", "6", "--per-device-train-batch-size", "2")
+    options = (*options, "--max-steps", "6", "--per-device-train-batch-size", "1")
     devices = 1 if mesh == "fsdp=1" else 4
     run = train(folder / f"gpt-oss-{devices}", *options, "--mesh", mesh, env=environment(devices=devices))
     assert run.code == 0, run.output

@@ -38,9 +38,10 @@ def round_trip(config: RunConfig, name: str, source: Path, scratch: Path) -> dic
 
     from numina_finetune.models import ranges
     from numina_finetune.models.builtin import TINY_TOKENIZER
-    from numina_finetune.models.export import export_model, read_weight, weight_shapes
+    from numina_finetune.models.export import export_model
     from numina_finetune.models.load import load_config, open_model
     from numina_finetune.models.precision import EXPORT_DTYPES, WEIGHT_DTYPES
+    from numina_finetune.models.weights import CheckpointWeights
     from tests.train.live import _backend, _stored
 
     read = 0
@@ -59,11 +60,11 @@ def round_trip(config: RunConfig, name: str, source: Path, scratch: Path) -> dic
         backend.place(model, config, weights)
     finally:
         ranges.LocalBytes.read = plain  # type: ignore[method-assign]
-    shards = _stored(backend, scratch / "stored")
+    trained = CheckpointWeights(_stored(backend, scratch / "stored"))
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=WEIGHT_DTYPES[config.precision]).state_dict()
-    loaded = {name: read_weight(shards, name) for name in weight_shapes(shards)}
+    loaded = {name: trained.read(name) for name in trained.shapes}
     export_model(
-        shards,
+        trained,
         scratch / "model",
         config=load_config(config, tokenizer),
         tokenizer=tokenizer,

@@ -107,6 +107,7 @@ def check(runs: Runs, strikes: dict[int, Strike], *, refused: int) -> None:
     assert result.seconds["save"] > 0 and result.seconds["restore"] > 0
 
 
+@pytest.mark.slow  # two minutes on two idle cores
 def test_a_run_that_loses_three_machines_ends_in_the_weights_of_an_undisturbed_run(
     service: Gcs, tmp_path: Path
 ) -> None:
