@@ -34,7 +34,7 @@ def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) 
     [
         (4, "fp64", "fsdp=2,tensor=2", ["scan,none,vocabulary", "scan,dots", "scan,full,untied"]),
         (4, "fp32", "data=2,fsdp=2", ["scan,full,untied", "unrolled,full,vocabulary"]),
-        (1, "fp32", "fsdp=1", ["scan,dots,vocabulary,whole", "unrolled,none"]),
+        pytest.param(*(1, "fp32", "fsdp=1", ["scan,dots,vocabulary,whole", "unrolled,none"]), marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, mesh: str, cases: list[str]) -> None:
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, 
 @pytest.mark.parametrize(
     ("devices", "mesh", "cases"),
     [
-        (1, "fsdp=1", ["scan,full,8 experts", "unrolled,none,8 experts,2"]),
+        pytest.param(*(1, "fsdp=1", ["scan,full,8 experts", "unrolled,none,8 experts,2"]), marks=pytest.mark.slow),
         (4, "fsdp=2,expert=2", ["scan,full,32 experts", "scan,dots,8 experts"]),
         pytest.param(
             *(4, "fsdp=2,tensor=2", ["scan,none,8 experts", "unrolled,full,8 experts,2"]), marks=pytest.mark.slow
@@ -78,7 +78,9 @@ def test_gpt_oss_by_kernels_has_the_same_loss_and_gradients(mesh: str, attention
     ("mesh", "cases"),
     [
         ("fsdp=2,expert=2", ["scan,full,8 experts,lora", "unrolled,full,8 experts,2,lora,dropless"]),
-        ("fsdp=2,tensor=2", ["scan,none,lora", "unrolled,full,8 experts,2,lora"]),
+        pytest.param(
+            *("fsdp=2,tensor=2", ["scan,none,lora", "unrolled,full,8 experts,2,lora"]), marks=pytest.mark.slow
+        ),
         pytest.param(
             "fsdp=2,tensor=2", ["scan,dots,untied,lora,vocabulary", "unrolled,none,lora"], marks=pytest.mark.slow
         ),

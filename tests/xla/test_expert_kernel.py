@@ -91,7 +91,7 @@ def furthest(found: list[np.ndarray], reference: list[np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("capacity", [None, EXPERTS])
-@pytest.mark.parametrize("kind", ["even", "skewed"])
+@pytest.mark.parametrize("kind", [pytest.param("even", marks=pytest.mark.slow), "skewed"])
 def test_output_and_gradients_are_those_of_the_torch_form(
     kernels: ModuleType, kind: str, capacity: float | None
 ) -> None:
@@ -102,7 +102,7 @@ def test_output_and_gradients_are_those_of_the_torch_form(
     assert dropped == 0
 
 
-@pytest.mark.parametrize("kind", ["even", "skewed"])
+@pytest.mark.parametrize("kind", [pytest.param("even", marks=pytest.mark.slow), "skewed"])
 def test_rows_beyond_one_block_are_computed_as_well(
     kernels: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

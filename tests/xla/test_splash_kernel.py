@@ -42,7 +42,10 @@ def attention_inputs(sinks: bool) -> tuple[list[np.ndarray], np.ndarray]:
     return [*states, segments, *extra], rng.standard_normal((BATCH, HEADS, LENGTH, SIZE), np.float32)
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, False), (37, False), (None, True), (37, True)])
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(None, False), (37, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((37, False), (None, True)))],
+)
 def test_output_and_gradients_are_those_of_the_torch_form(kernels: ModuleType, window: int | None, sinks: bool) -> None:
     inputs, gradient = attention_inputs(sinks)
     kernel = splash(kernels, window, sinks)
