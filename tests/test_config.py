@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from numina_finetune.checks import config_faults
+from numina_finetune.cli_options import _SOURCE_OPTIONS, resolve_config
 from numina_finetune.config import RunConfig, SourceConfig, load_yaml
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import default_mesh, with_model_defaults
@@ -178,6 +179,17 @@ def test_gpt_oss_alone_means_its_recipe(size: str, caplog: pytest.LogCaptureFixt
     assert default_mesh(f"openai/oss-{size}", 64) == recipe["mesh"]
     assert default_mesh(f"openai/oss-{size}", 3) is None
     assert with_model_defaults({"model_name": "tiny-qwen3"}) == {"model_name": "tiny-qwen3"}
+
+
+def test_the_command_line_takes_a_models_defaults_and_a_file_says_all_itself(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name: openai/gpt-oss-120b\n")
+
+    def resolved(path: str | None, **given: Any) -> RunConfig:
+        return resolve_config(path, {**dict.fromkeys(_SOURCE_OPTIONS), **given}, [])
+
+    assert resolved(None, model_name="openai/gpt-oss-120b").max_seq_length == 4096
+    assert resolved(str(file)).max_seq_length == RunConfig().max_seq_length != 4096
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ class _Walk:
                 body = one.called("body")
                 turns = trip_count(one, computation, self._program)
                 if turns is None and AS_NEEDED in one.attributes:
-                    self.costs.warnings.append(f"{one.module}: as with balanced routing, in which its loop never turns")
+                    self.costs.warnings.append(
+                        f"{one.module or one.name}: as with balanced routing, in which its loop never turns"
+                    )
                     continue
                 if turns is None:
                     self.costs.warnings.append(

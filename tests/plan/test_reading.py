@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from numina_finetune.plan.compilation import held_lock, parameter_counts, parse_out_of_memory
-from numina_finetune.plan.costs import costs_of
+from numina_finetune.plan.costs import AS_NEEDED, costs_of
 from numina_finetune.plan.hlo import Array, arrays, module_of, parse
 from numina_finetune.plan.memory import Arguments, memory_of
 from tests.plan.hlo_texts import LOOP, OUT_OF_MEMORY, WIDE_COUNTER
@@ -37,6 +37,15 @@ def test_a_loop_without_a_visible_end_is_told() -> None:
     costs = costs_of(parse(endless))
     assert costs.cycles == 1000
     assert any("loop.1" in warning for warning in costs.warnings)
+
+
+def test_a_loop_over_what_unbalanced_routing_sends_is_left_out_and_told() -> None:
+    endless = LOOP.replace("%limit.1 = s32[]{:T(128)} constant(4)", "%limit.1 = s32[]{:T(128)} add(%turn.2, %turn.2)")
+    as_needed = endless.replace("body=%body.1\n", f'body=%body.1, metadata={{op_name="jit(f)/{AS_NEEDED}/while"}}\n')
+    assert as_needed != endless
+    costs = costs_of(parse(as_needed))
+    assert costs.cycles == 0
+    assert ["balanced routing" in warning for warning in costs.warnings] == [True]
 
 
 def test_the_compilers_own_trip_count_is_believed() -> None:

@@ -14,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from numina_finetune.config import BATCH_AXES, MESH_AXES
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.experts import static_experts
+from numina_finetune.plan.costs import AS_NEEDED
 from numina_finetune.xla.sharding import partition_of
 from tests.reference import fill_randomly, gpt_oss_config
 
@@ -136,6 +137,10 @@ def module_like(experts: GptOssExperts) -> GptOssExperts:
     other = GptOssExperts(gpt_oss_config(EXPERTS))
     other.load_state_dict(experts.state_dict())
     return other
+
+
+def test_the_loop_over_further_blocks_has_the_name_that_plan_knows(kernels: ModuleType) -> None:
+    assert kernels.AS_NEEDED == AS_NEEDED
 
 
 @pytest.mark.parametrize("capacity", [None, 1.25])
