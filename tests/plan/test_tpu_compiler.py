@@ -53,8 +53,8 @@ def test_a_step_with_experts_compiles_with_the_tokens_exchanged(form: str) -> No
     code, out, err = plan(*options, "--per-device-train-batch-size", "2")
     assert code == 0, err
     told = json.loads(out)
-    assert told["collectives"]
-    assert ("all-to-all" in told["collectives"]) == (form == "capacity")
+    # The embedding has a few of its own; by capacity each of four layers sends its tokens there and back.
+    assert (told["collectives"]["all-to-all"]["count"] >= 2 * 4) == (form == "capacity")
     assert (told["kernel_flops"] > 0) == (form == "dropless")
 
 
