@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,13 @@ class NativeBackend:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         return optimizer_step(
-            self._module,
+            partial(self._backward, batches),
             list(self._parameters.values()),
             batches,
             max_grad_norm=self._max_grad_norm,
             update=self._update,
             reduce=self._sum_over_processes,
             gradient_scale=float(self.process_count),
-            accumulating=self._no_sync,
             foreach=None,
         )
 
@@ -140,6 +140,16 @@ class NativeBackend:
 
     def _state(self) -> dict[str, Any]:
         return named_state(self._parameters, self._optimizer)
+
+    def _backward(self, batches: Sequence[DeviceBatch], scale: torch.Tensor) -> torch.Tensor:
+        """The summed loss of this process; gradients are exchanged with those of the last micro-batch."""
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            with self._no_sync() if number < len(batches) else nullcontext():
+                loss = self._module(**batch)
+                torch.autograd.backward(loss * scale)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _update(self, applied: torch.Tensor) -> None:
         # The fused kernel's contract with GradScaler: where found_inf is 1, nothing changes, the step count included.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -12,7 +11,7 @@ from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
 
 
 def optimizer_step(
-    module: Callable[..., torch.Tensor],
+    backward: Callable[[torch.Tensor], torch.Tensor],
     parameters: Sequence[torch.nn.Parameter],
     batches: Sequence[DeviceBatch],
     *,
@@ -20,7 +19,6 @@ def optimizer_step(
     update: Callable[[torch.Tensor], None],
     reduce: Callable[[torch.Tensor], torch.Tensor],
     gradient_scale: float,
-    accumulating: Callable[[], AbstractContextManager[None]],
     foreach: bool | None,
 ) -> DeviceMetrics:
     """Forward, backward and update over the micro-batches of one optimizer step.
@@ -29,12 +27,12 @@ def optimizer_step(
     weigh more, as if it had all been one batch.
 
     Args:
-        module: maps a batch to its summed loss, a :class:`~numina_finetune.train.loss.CausalLoss` or a wrapper of one.
+        backward: takes the gradients of the batches' summed loss, times its argument (a scalar), into the parameters'
+            ``grad``, and gives that sum.
         max_grad_norm: 0 = no clipping.
         update: applies the gradients, unless its argument (bool scalar on the device) is false.
         reduce: sum over processes; the identity where one program spans all devices.
         gradient_scale: undoes the averaging of gradients over processes.
-        accumulating: context in which gradients stay on this process (all but the last micro-batch).
         foreach: fused gradient norm; False where the device library cannot.
 
     Returns:
@@ -44,12 +42,7 @@ def optimizer_step(
     tokens = reduce(_count(batch["segment_ids"] > 0 for batch in batches))
     # A step of empty rows has no supervised token; its gradients are then zero, not 0/0.
     divisor = torch.clamp(supervised, min=1.0)
-    losses = []
-    for batch in batches[:-1]:
-        with accumulating():
-            losses.append(_backward(module, batch, gradient_scale / divisor))
-    losses.append(_backward(module, batches[-1], gradient_scale / divisor))
-    loss = reduce(torch.stack(losses).sum()) / divisor
+    loss = reduce(backward(gradient_scale / divisor)) / divisor
 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
@@ -60,12 +53,6 @@ def optimizer_step(
     for parameter in parameters:
         parameter.grad = None
     return torch.stack([loss, norm.float(), supervised, tokens, applied.float()])
-
-
-def _backward(module: Callable[..., torch.Tensor], batch: DeviceBatch, scale: torch.Tensor) -> torch.Tensor:
-    loss = module(**batch)
-    torch.autograd.backward(loss * scale)
-    return loss.detach()
 
 
 def _count(masks: Iterable[torch.Tensor]) -> torch.Tensor:

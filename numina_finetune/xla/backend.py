@@ -28,6 +28,7 @@ from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
 from numina_finetune.train.optim import named_state
 from numina_finetune.train.speed import Chips
+from numina_finetune.xla.micro_batches import MicroBatches
 from numina_finetune.xla.optimizer import make_adamw
 from numina_finetune.xla.placement import place_model, step_options
 from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
@@ -71,9 +72,10 @@ class XlaBackend:
         options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
         with progress(model.parameters()) as told:
             tensors = RuntimeTensors(self._mesh, self.device, weights, told)
-            self._placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
+            placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
+        self._placed = replace(placed, module=self.accelerator.prepare(placed.module.train()))
+        self._micro_batches = MicroBatches(self._placed)
         self._optimizer = make_adamw(self._placed, config, tensors)
-        self._module = self.accelerator.prepare(self._placed.module.train())
         self._max_grad_norm = config.max_grad_norm
         torch_xla.sync()
         self._traffic.leave_out()
@@ -89,7 +91,8 @@ class XlaBackend:
         # A scalar 0 or 1 would be traced as a constant, and a warm-up that begins at 0 compiled twice.
         rate = torch.tensor([learning_rate]).to(self.device).squeeze(0)
         metrics = train_step(
-            replace(self._placed, module=self._module),
+            self._placed,
+            self._micro_batches,
             self._optimizer,
             batches,
             rate,
@@ -106,13 +109,13 @@ class XlaBackend:
 
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         losses, counts = [], []
-        self._module.eval()
+        self._placed.module.eval()
         with torch.no_grad():
             for batch in batches:
-                losses.append(self._module(**batch))
+                losses.append(self._placed.module(**batch))
                 counts.append((batch["labels"] != NO_LOSS).sum())
                 torch_xla.sync()
-        self._module.train()
+        self._placed.module.train()
         totals = float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)
         self._traffic.leave_out()
         return totals

@@ -30,6 +30,7 @@ from numina_finetune.models.lora import add_adapters
 from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
 from numina_finetune.xla.loops import placeholder
 from numina_finetune.xla.lowering import sharding_text, stablehlo
+from numina_finetune.xla.micro_batches import MicroBatches
 from numina_finetune.xla.optimizer import make_adamw
 from numina_finetune.xla.placement import Placed, place_model, step_options
 from numina_finetune.xla.runtime import BATCH_SPEC
@@ -112,7 +113,8 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
         for number, (name, kind, tensor, spec) in enumerate((*updated, *given))
     ]
     with named_modules(placed.module):
-        metrics = train_step(placed, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)
+        micro_batches = MicroBatches(placed)
+        metrics = train_step(placed, micro_batches, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)
     outputs = [metrics, *(_as_given(placed, tensor, spec) for _, _, tensor, spec in _state(placed, optimizer))]
     donated = {number: number + 1 for number in range(len(updated))}
     return stablehlo(inputs, outputs, [argument.sharding for argument in arguments], donated), arguments
