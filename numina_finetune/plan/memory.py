@@ -19,6 +19,8 @@ from numina_finetune.plan.hlo import Computation, Instruction, Program
 KINDS = ("weights", "gradients", "optimizer", "saved activations", "logits", "collectives", "batch", "working memory")
 """Saved activations were made on the way forward and are used on the way back; collectives hold what travels, or has
 arrived (gathered weights); working memory is all else."""
+STACKED = ".["
+"""In the name of an argument that holds all layers' weights: ``model.layers.[0::1].…``."""
 _NO_MEMORY = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 )
@@ -69,7 +71,7 @@ class Arguments:
 
 def memory_of(program: Program, arguments: Arguments) -> Memory:
     """What is alive where the entry computation, its loops included, holds most."""
-    entry = _Frame(program.entry, program, arguments)
+    entry = _Frame(program.entry, program, arguments, _step_of(program))
     given = [
         Allocation(
             sum(array.allocated for array in one.arrays),
@@ -84,6 +86,25 @@ def memory_of(program: Program, arguments: Arguments) -> Memory:
     return Memory(tuple(sorted(alive, key=lambda one: one.bytes, reverse=True)))
 
 
+def _step_of(program: Program) -> Computation:
+    """Where the way forward turns into the way back: the entry, or the body of the loop over micro-batches."""
+    step = program.entry
+    while True:
+        backward = [one for one in step if _has_backward_product(one, program)]
+        body = program.computations.get(str(backward[0].called("body"))) if len(backward) == 1 else None
+        if body is None:
+            return step
+        step = body
+
+
+def _has_backward_product(one: Instruction, program: Program) -> bool:
+    if one.opcode in ("dot", "convolution", "custom-call"):
+        return one.module.startswith("backward ")
+    names = (one.called("body"), one.called("calls"), one.called("to_apply"))
+    called = [program.computations[name] for name in names if name in program.computations]
+    return any(_has_backward_product(inner, program) for computation in called for inner in computation)
+
+
 def _argument_kind(arguments: Arguments, number: int) -> str:
     kind = arguments.kinds[number] if number < len(arguments.kinds) else "other"
     return kind if kind in KINDS else "working memory"
@@ -92,8 +113,8 @@ def _argument_kind(arguments: Arguments, number: int) -> str:
 class _Frame:
     """Liveness within one computation, what it is given left out."""
 
-    def __init__(self, computation: Computation, program: Program, arguments: Arguments) -> None:
-        self._computation, self._program, self._arguments = computation, program, arguments
+    def __init__(self, computation: Computation, program: Program, arguments: Arguments, step: Computation) -> None:
+        self._computation, self._program, self._arguments, self._step = computation, program, arguments, step
         self._order = list(computation)
         self._position = {one.name: number for number, one in enumerate(self._order)}
         self._sources: dict[str, frozenset[str]] = {}
@@ -207,9 +228,13 @@ class _Frame:
         found: list[Allocation] = []
         for name in names:
             if name in self._program.computations:
-                within = _Frame(self._program.computations[name], self._program, self._arguments).fullest()
+                within = self._of(name).fullest()
                 found = max(found, within, key=lambda pieces: sum(piece.bytes for piece in pieces))
         return found
+
+    def _of(self, name: str) -> _Frame:
+        """The frame of a computation that this one calls."""
+        return _Frame(self._program.computations[name], self._program, self._arguments, self._step)
 
     def _described(self, name: str, size: float) -> Allocation:
         owner, _, index = name.partition("#")
@@ -241,7 +266,7 @@ class _Frame:
             places = start.operands if start is not None and start.opcode == "tuple" else ()
             for index, operand in enumerate(places):
                 if name in self._sources.get(operand, frozenset()):
-                    body = _Frame(self._program.computations[str(loop.called("body"))], self._program, self._arguments)
+                    body = self._of(str(loop.called("body")))
                     root = body._computation.root
                     if root.opcode == "tuple":
                         return body._module(body._computation.instructions[root.operands[index]])
@@ -258,7 +283,7 @@ class _Frame:
             return "gradients"
         if len(sizes) > 1 and any(rows in sizes for rows in self._arguments.vocabulary):
             return "logits"
-        if self._computation is self._program.entry and self._crosses_the_turn(name):
+        if self._computation is self._step and self._crosses_the_turn(name, one):
             return "saved activations"
         return "working memory"
 
@@ -274,34 +299,38 @@ class _Frame:
         is_argument = one.opcode == "parameter" and self._computation is self._program.entry
         return is_argument and _argument_kind(self._arguments, int(one.arguments)) == "weights"
 
-    def _crosses_the_turn(self, name: str) -> bool:
-        made = self._position[name.partition("#")[0]]
-        return made < self._turn <= self._last_use[name]
+    def _crosses_the_turn(self, name: str, one: Instruction) -> bool:
+        made = self._position[one.name]
+        if not made < self._turn <= self._last_use[name]:
+            return False
+        # Zeros for gradients to come may be written long before the turn; what is saved is filled before it.
+        is_filled = one.opcode != "broadcast" and "broadcast" not in one.name
+        return is_filled or any(
+            name in self._sources.get(operand, frozenset())
+            for user in self._order[made + 1 : self._turn]
+            for operand in user.operands
+        )
 
     @cached_property
     def _turn(self) -> int:
-        """Where the way back begins: its first product. Zeros for gradients to come may be written long before."""
+        """Where the way back begins: its first product."""
         for number, one in enumerate(self._order):
-            if self._has_backward_product(one):
+            if _has_backward_product(one, self._program):
                 return number
         return len(self._order)
 
-    def _has_backward_product(self, one: Instruction) -> bool:
-        if one.opcode in ("dot", "convolution", "custom-call"):
-            return one.module.startswith("backward ")
-        names = (one.called("body"), one.called("calls"), one.called("to_apply"))
-        called = [self._program.computations[name] for name in names if name in self._program.computations]
-        return any(self._has_backward_product(inner) for computation in called for inner in computation)
-
     @cached_property
     def _weight_sizes(self) -> set[tuple[int, ...]]:
-        """Sizes of weights, of a chip's part and over all chips, of one layer's too; gradients have the same."""
+        """Sizes of weights, of a chip's part and over all chips, of one layer's too; gradients have the same.
+
+        No stack of all layers' weights is ever whole on a chip, but what is saved of square layers has its size.
+        """
         found: set[tuple[int, ...]] = set()
         for number, one in enumerate(self._program.entry.parameters):
             if _argument_kind(self._arguments, number) != "weights":
                 continue
-            shapes = [one.arrays[0].dims, *self._arguments.shapes[number : number + 1]]
-            found |= {
-                tuple(sorted(dim for dim in shape if dim > 1)) for whole in shapes for shape in (whole, whole[1:])
-            }
+            own, whole = one.arrays[0].dims, self._arguments.shapes[number : number + 1]
+            stacked = STACKED in self._arguments.names[number] if number < len(self._arguments.names) else False
+            shapes = [own, own[1:], *(shape[1:] for shape in whole), *(() if stacked else whole)]
+            found |= {tuple(sorted(dim for dim in shape if dim > 1)) for shape in shapes}
         return {sizes for sizes in found if len(sizes) > 1}

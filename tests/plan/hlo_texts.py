@@ -51,6 +51,42 @@ ENTRY %main.1 (weight: f32[64,512], ids: s32[256,512]) -> (f32[64,512], f32[]) {
 """
 """Four turns of one product, a gather before them, and an update that takes the weight's place."""
 
+MICRO_BATCHES = """\
+HloModule step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
+
+%body.1 (carry.1: (s32[], f32[64,512], f32[64,512])) -> (s32[], f32[64,512], f32[64,512]) {
+  %carry.1 = (s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}, f32[64,512]{1,0:T(8,128)}) parameter(0)
+  %turn.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  %weight.1 = f32[64,512]{1,0:T(8,128)} get-tuple-element(%carry.1), index=1
+  %sum.1 = f32[64,512]{1,0:T(8,128)} get-tuple-element(%carry.1), index=2
+  %one.1 = s32[]{:T(128)} constant(1)
+  %hidden.1 = bf16[256,512]{1,0:T(8,128)(2,1)} dot(%weight.1, %weight.1), lhs_contracting_dims={0}, rhs_contracting_dims={0}, metadata={op_name="module=model.embed_tokens;.2/aten__mm"}
+  %output.1 = bf16[256,512]{1,0:T(8,128)(2,1)} dot(%hidden.1, %weight.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}, metadata={op_name="module=model.layers.7;.2/aten__mm"}
+  %gradient.1 = f32[64,512]{1,0:T(8,128)} convolution(%output.1, %hidden.1), dim_labels=fb_io->bf, metadata={op_name="module=backward model.layers.7;.9/aten__mm"}
+  %grown.1 = f32[64,512]{1,0:T(8,128)} add(%sum.1, %gradient.1)
+  %next.1 = s32[]{:T(128)} add(%turn.1, %one.1)
+  ROOT %made.1 = (s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}, f32[64,512]{1,0:T(8,128)}) tuple(%next.1, %weight.1, %grown.1)
+}
+
+%condition.1 (carry.2: (s32[], f32[64,512], f32[64,512])) -> pred[] {
+  %carry.2 = (s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}, f32[64,512]{1,0:T(8,128)}) parameter(0)
+  %turn.2 = s32[]{:T(128)} get-tuple-element(%carry.2), index=0
+  %limit.1 = s32[]{:T(128)} constant(4)
+  ROOT %more.1 = pred[]{:T(512)} compare(%turn.2, %limit.1), direction=LT
+}
+
+ENTRY %main.1 (weight: f32[64,512]) -> (f32[64,512]) {
+  %weight = f32[64,512]{1,0:T(8,128)} parameter(0)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %zeros.1 = f32[64,512]{1,0:T(8,128)} broadcast(%zero.1), dimensions={}
+  %given.1 = (s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}, f32[64,512]{1,0:T(8,128)}) tuple(%zero.1, %weight, %zeros.1)
+  %loop.1 = (s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}, f32[64,512]{1,0:T(8,128)}) while(%given.1), condition=%condition.1, body=%body.1
+  %summed.1 = f32[64,512]{1,0:T(8,128)} get-tuple-element(%loop.1), index=2
+  ROOT %result.1 = (f32[64,512]{1,0:T(8,128)}) tuple(%summed.1)
+}
+"""
+"""A step in four micro-batches: way forward and way back are both in the loop's body."""
+
 WIDE_COUNTER = """\
 %condition.1 (carry.2: (u32[], u32[])) -> pred[] {
   %carry.2 = (u32[], u32[]) parameter(0)

@@ -8,7 +8,7 @@ from numina_finetune.plan.compilation import held_lock, parameter_counts, parse_
 from numina_finetune.plan.costs import AS_NEEDED, costs_of
 from numina_finetune.plan.hlo import Array, arrays, module_of, parse
 from numina_finetune.plan.memory import Arguments, memory_of
-from tests.plan.hlo_texts import LOOP, OUT_OF_MEMORY, WIDE_COUNTER
+from tests.plan.hlo_texts import LOOP, MICRO_BATCHES, OUT_OF_MEMORY, WIDE_COUNTER
 
 ROWS, HIDDEN = 256, 512
 MIB = 2**20
@@ -70,6 +70,20 @@ def test_memory_is_sorted_by_what_it_is_for() -> None:
     assert kinds["saved activations"] >= ROWS * HIDDEN * 2
     largest = memory.allocations[0]
     assert (largest.bytes, largest.kind, largest.module) == (2 * MIB, "collectives", "model.layers.7")
+
+
+def test_what_a_micro_batch_saves_is_told_from_what_it_adds_up() -> None:
+    arguments = Arguments(["model.layers.[0::1].up_proj.weight"], ["weights"], [(64, 512)])
+    kinds = memory_of(parse(MICRO_BATCHES), arguments).by_kind
+    assert kinds["saved activations"] == 2 * ROWS * HIDDEN * 2  # input and output of the layer
+    assert kinds["gradients"] >= 64 * HIDDEN * 4
+
+
+def test_what_is_saved_of_square_layers_is_no_gradient_of_their_stack() -> None:
+    """Two layers' inputs of 256 tokens have the size of two square weights, which are never whole on a chip."""
+    arguments = Arguments(["model.layers.[0::1].o_proj.weight"], ["weights"], [(256, 512)])
+    kinds = memory_of(parse(MICRO_BATCHES), arguments).by_kind
+    assert kinds["saved activations"] == 2 * ROWS * HIDDEN * 2  # input and output of the layer
 
 
 def test_what_replaces_an_argument_takes_no_memory_of_its_own() -> None:
