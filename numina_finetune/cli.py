@@ -190,6 +190,18 @@ def _plan(
     return int(run_plan(run_config, asked, faults))
 
 
+def _doctor(config: str | None, zone: str | None, json: bool | None, **given: Any) -> int:
+    """Look for what would stand in a run's way on this machine, each with its fix; exit code 3 if there is any."""
+    launch.prepare_environment("native")
+    faults: list[str] = []
+    run_config = resolve_config(config, given, faults)
+    if faults:
+        raise ConfigError(faults)
+    from numina_finetune.doctor.command import run_doctor
+
+    return int(run_doctor(run_config, zone=zone, as_json=bool(json)))
+
+
 def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
     """What the ``data`` commands were asked for; no device library is loaded for them."""
     launch.prepare_environment("native")
@@ -296,6 +308,12 @@ _PLAN_OPTIONS = (
     parameter("region", str, "Where it would run; the cheapest one if unset.", "Plan"),
 )
 app.command("plan")(command_of(_plan, _plan.__doc__, _FIELDS, _BF16, *_PLAN_OPTIONS))
+
+_DOCTOR_OPTIONS = (
+    parameter("zone", str, "Zone of the machines that will train, such as us-east5-b; this one's if unset.", "Doctor"),
+    parameter("json", bool, "Print it for machines.", "Doctor"),
+)
+app.command("doctor")(command_of(_doctor, _doctor.__doc__, _FIELDS, _BF16, _CHECKPOINTING, *_DOCTOR_OPTIONS))
 
 data_app = typer.Typer(help="Prepare and look at data, without a model or a device.", context_settings=_CONTEXT)
 app.add_typer(data_app, name="data")

@@ -157,6 +157,11 @@ class GcsStore(Store):
         except NotFound:
             pass
 
+    def location(self) -> str | None:
+        with self._errors(""):
+            self._bucket.reload(retry=self._retry)
+        return str(self._bucket.location) if self._bucket.location else None
+
     def sweep(self) -> None:
         """Nothing: an upload that was not finished is no object, and the service forgets it after a week."""
 

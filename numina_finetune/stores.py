@@ -158,6 +158,10 @@ class Store(ABC):
             PreconditionFailed: the object is of another generation, and stays.
         """
 
+    def location(self) -> str | None:
+        """Where the bucket lies, such as ``US-EAST5`` or ``EU``; None for folders."""
+        return None
+
     @abstractmethod
     def sweep(self) -> None:
         """Remove what writers that died left unfinished."""

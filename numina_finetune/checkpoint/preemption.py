@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +12,14 @@ from dataclasses import dataclass
 from signal import Signals
 from types import FrameType, TracebackType
 from typing import Any
-from urllib.parse import urlencode, urlsplit
 
 from numina_finetune.config import RunConfig
+from numina_finetune.metadata import NoAnswer, Refused, Service, Value
 
 logger = logging.getLogger(__name__)
 
 LONG_POLL = 10
 """Seconds the metadata service holds a question about a preemption; how often maintenance is asked about."""
-PATIENCE = 2.0
-"""Seconds a connection and an answer that is due may take; the service is on the machine's own link."""
 TRIES_AT_START = 3
 """Questions without an answer after which there is no metadata service here."""
 BACK_OFF = (1.0, 5.0)
@@ -124,7 +120,7 @@ class StopNotice:
             url: of the service's ``computeMetadata/v1``.
             can_migrate: whether this machine survives a live migration; one with TPUs does not.
         """
-        watcher = _Watcher(_Service(url), can_migrate=can_migrate, told=self._tell)
+        watcher = _Watcher(Service(url), can_migrate=can_migrate, told=self._tell)
         self._watchers.append(watcher)
         watcher.start()
 
@@ -153,78 +149,10 @@ class StopNotice:
         self._notices.append(_Notice(reason, time.monotonic()))
 
 
-# --- the metadata service ---------------------------------------------------------------------------------------------
-
-
-class _NoAnswer(OSError):
-    """The service did not answer, or not as itself."""
-
-
-class _Refused(_NoAnswer):
-    """The service answered, but not with a value."""
-
-
-@dataclass(frozen=True)
-class _Value:
-    text: str
-    etag: str
-
-
-class _Service:
-    """Reads single values, one connection each, without proxies and redirects."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._host, self._port, self._path = parts.hostname or "", parts.port or 80, parts.path.rstrip("/")
-        self._closed = threading.Event()
-        self._connection: http.client.HTTPConnection | None = None
-
-    def get(self, key: str, *, held: float = 0.0, **query: str | int) -> _Value:
-        """The value of ``key``.
-
-        Args:
-            held: seconds for which the service may hold back its answer, as the query asks it to.
-
-        Raises:
-            _Refused: it answered, but has no value now.
-            _NoAnswer: nothing answered in time, or something else than a metadata service.
-        """
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=held + PATIENCE)
-        try:
-            connection.connect()
-            self._connection = connection
-            if self._closed.is_set():
-                raise _NoAnswer("closed")
-            path = f"{self._path}/{key}" + (f"?{urlencode(query)}" if query else "")
-            connection.request("GET", path, headers={"Metadata-Flavor": "Google"})
-            response = connection.getresponse()
-            body = response.read(1 << 16)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: names that cannot be names
-            raise _NoAnswer(f"{key}: {error!r}") from error
-        finally:
-            connection.close()
-        if response.headers.get("Metadata-Flavor") != "Google":
-            raise _NoAnswer(f"{key}: what answers at {self._host} is no metadata service")
-        if response.status != 200:
-            raise _Refused(f"{key}: status {response.status}")
-        return _Value(body.decode(errors="replace").strip(), response.headers.get("ETag", ""))
-
-    def close(self) -> None:
-        """End a wait for an answer, and let none begin."""
-        self._closed.set()
-        connection = self._connection
-        held = connection.sock if connection is not None else None
-        if held is not None:
-            try:
-                held.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                logger.debug("the answer came in the meantime")
-
-
 class _Watcher:
     """The thread that asks, until it is stopped or has something to tell."""
 
-    def __init__(self, service: _Service, *, can_migrate: bool, told: Callable[[str], None]) -> None:
+    def __init__(self, service: Service, *, can_migrate: bool, told: Callable[[str], None]) -> None:
         self._service, self._can_migrate, self._told = service, can_migrate, told
         self._stopped = threading.Event()
         self._etag = "0"  # no value's tag: the first question is answered at once, even if nothing changes any more
@@ -261,9 +189,9 @@ class _Watcher:
         for _ in range(TRIES_AT_START):
             try:
                 self._service.get("instance/preempted")
-            except _Refused:
+            except Refused:
                 return True
-            except _NoAnswer as error:
+            except NoAnswer as error:
                 logger.debug("metadata: %s", error)
                 if self._stopped.wait(BACK_OFF[0]):
                     return False
@@ -296,10 +224,10 @@ class _Watcher:
             logger.info("maintenance of this machine is announced for %s; training goes on until then", start)
         return ""
 
-    def _ask(self, key: str, *, held: float = 0.0, **query: str | int) -> _Value | None:
+    def _ask(self, key: str, *, held: float = 0.0, **query: str | int) -> Value | None:
         try:
             return self._service.get(key, held=held, **query)
-        except _NoAnswer as error:
+        except NoAnswer as error:
             logger.debug("metadata: %s", error)
             return None
 
