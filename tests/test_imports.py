@@ -92,6 +92,7 @@ def test_only_storage_knows_google_cloud() -> None:
         ("spot", ["torch", "accelerate", *own("train", "models", "xla", "torch_native", "evaluation", "cli")]),
         ("evaluation", own("xla", "torch_native", "cli")),
         ("plan", own("xla", "torch_native", "evaluation", "checkpoint", "cli")),
+        ("doctor", own("xla", "torch_native", "train", "checkpoint", "evaluation", "cli")),
         ("xla", own("torch_native", "cli")),
         ("torch_native", own("xla", "cli")),
     ],
@@ -101,7 +102,18 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["checks.py", "config.py", "errors.py", "files.py", "mesh.py", "process_tree.py", "storage.py", "stores.py"]
+    "name",
+    [
+        "checks.py",
+        "config.py",
+        "errors.py",
+        "files.py",
+        "mesh.py",
+        "metadata.py",
+        "process_tree.py",
+        "storage.py",
+        "stores.py",
+    ],
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
     rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot", "plan")
