@@ -21,10 +21,19 @@ from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
+from numina_finetune.models.generation import PlainDecoder, at_rest
 from numina_finetune.models.precision import apply_precision, canonical_name
 from numina_finetune.models.stream import Weights, fill
 from numina_finetune.processes import ProcessGroup
-from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
+from numina_finetune.train.backend import (
+    Decoding,
+    DeviceBatch,
+    DeviceMetrics,
+    Ended,
+    StepMetrics,
+    metrics_from_rows,
+)
+from numina_finetune.train.decoding import decode
 from numina_finetune.train.loss import CausalLoss
 from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
 from numina_finetune.train.speed import Chips
@@ -67,7 +76,9 @@ class NativeBackend:
         self.chips = Chips(self.process_count, None)
         self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
 
-    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
+    def place(
+        self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
+    ) -> None:
         fill(model, weights)
         if config.remat != "none":
             kept = {"context_fn": _keep_products} if config.remat == "dots" else {}
@@ -75,8 +86,12 @@ class NativeBackend:
         apply_precision(model, config.precision)
         model.to(self.device)
         self._parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        self._model = model
+        self._module: nn.Module = CausalLoss(model).train()
+        if not trained:
+            return
         self._optimizer = _make_adamw(self._parameters, config)
-        self._module: nn.Module = self.accelerator.prepare(CausalLoss(model).train())
+        self._module = self.accelerator.prepare(self._module)
         self._max_grad_norm = config.max_grad_norm
         self._copies.reserve(self._snapshots.pieces(self._state()))
 
@@ -110,6 +125,22 @@ class NativeBackend:
         self._module.train()
         loss, tokens = self._sum_over_processes(totals).tolist()
         return loss, int(tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+    ) -> list[list[int]]:
+        rows = -(-decoding.batch_size // self.process_count)
+        with at_rest(self._model):
+            own = decode(
+                PlainDecoder(self._model),
+                prompts,
+                decoding,
+                ended,
+                rows=rows,
+                share=(self.process_index, self.process_count),
+            )
+        by_prompt = {number: row for found in self.processes.gather(own) for number, row in found.items()}
+        return [by_prompt[number] for number in range(len(prompts))]
 
     def snapshot(self) -> list[Shard]:
         return self._snapshots.take(self._state())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +44,32 @@ class StepMetrics:
     """Of the assignments of tokens to experts; None where none can be dropped."""
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How new tokens are chosen, and when a row ends."""
+
+    max_new_tokens: int
+    """Where a row is cut that has not ended."""
+    stop_ids: frozenset[int]
+    """Tokens that end a row."""
+    pad_id: int
+    """Fills batches; it is never attended to."""
+    batch_size: int
+    """Rows decoded together, over all devices; a backend takes the next number that its devices divide."""
+    temperature: float = 0.0
+    """0 = the likeliest token."""
+    top_p: float = 1.0
+    """Of the likeliest tokens those that together have this probability."""
+    top_k: int = 0
+    """Of so many of the likeliest tokens; 0 = of all."""
+    seed: int = 0
+    """What is drawn depends on it and on the prompt, not on what else is decoded."""
+
+
+Ended = Callable[[list[int]], bool]
+"""Whether a row is over, from its new tokens."""
+
+
 class Backend(Protocol):
     """Devices, and the one compiled step on them."""
 
@@ -62,11 +88,14 @@ class Backend(Protocol):
 
     chips: Chips
 
-    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
+    def place(
+        self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
+    ) -> None:
         """Move the model to the devices, shard it, and make its optimizer.
 
         Args:
             weights: the values of parameters that have none (``meta``); None leaves them to :meth:`restore`.
+            trained: False makes no optimizer: :meth:`evaluate` and :meth:`generate` are all that can be asked then.
         """
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
@@ -80,6 +109,21 @@ class Backend(Protocol):
 
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         """Summed loss and supervised tokens, over all processes."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+    ) -> list[list[int]]:
+        """New tokens of each prompt, in order, with the token that ended the row; the same on every process.
+
+        Collective: every process gives all prompts. Training goes on afterwards as if nothing had been.
+
+        Args:
+            ended: is asked on the host every few tokens, and ends a row that no stop token would end; the row may come
+                back a few tokens longer than where it became true.
+
+        Raises:
+            ValueError: an empty prompt.
+        """
 
     def snapshot(self) -> list[Shard]:
         """This process's share of model and optimizer, copied to host memory, under Hugging Face parameter names.

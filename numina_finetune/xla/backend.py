@@ -68,14 +68,17 @@ class XlaBackend:
         )
         self._traffic = TrafficCounter()
 
-    def place(self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None) -> None:
+    def place(
+        self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
+    ) -> None:
         options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
         with progress(model.parameters()) as told:
             tensors = RuntimeTensors(self._mesh, self.device, weights, told)
             placed = place_model(model, options, self._mesh, self.mesh_shape, tensors)
         self._placed = replace(placed, module=self.accelerator.prepare(placed.module.train()))
-        self._micro_batches = MicroBatches(self._placed)
-        self._optimizer = make_adamw(self._placed, config, tensors)
+        if trained:
+            self._micro_batches = MicroBatches(self._placed)
+            self._optimizer = make_adamw(self._placed, config, tensors)
         self._max_grad_norm = config.max_grad_norm
         torch_xla.sync()
         self._traffic.leave_out()
