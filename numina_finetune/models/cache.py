@@ -62,6 +62,10 @@ class CachePass:
         self._by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._added: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def over(self, past: Past | None) -> CachePass:
+        """A pass like this one over other layers."""
+        return CachePass(past, whole=self.whole, place=self.place)
+
     @property
     def added(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the pass's own tokens, ``[layers, batch, kv_heads, seq, head_dim]`` each."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -128,16 +127,21 @@ def _give(rows: Rows, logits: torch.Tensor) -> None:
     rows.count.copy_(count + 1)
 
 
-def logits_after(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
-    """See :class:`Forward`; of a model within :func:`numina_finetune.models.cache.attending_to_cache`."""
-    hidden = model.base_model(
+def last_hidden(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
+    """``[batch, hidden]`` of the last tokens; see :class:`Forward`, within :func:`at_rest`."""
+    hidden: torch.Tensor = model.base_model(
         input_ids=ids,
         position_ids=positions.clamp(min=0),
         segment_ids=(positions >= 0).int(),
         use_cache=False,
         cache=cache,
     ).last_hidden_state
-    logits: torch.Tensor = model.get_output_embeddings()(hidden[:, -1])
+    return hidden[:, -1]
+
+
+def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """``[batch, hidden]`` to ``[batch, vocabulary]``, fp32 or more."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -165,7 +169,6 @@ class PlainDecoder:
             model: within :func:`at_rest` as long as this decodes.
         """
         self._model = model
-        self._forward = partial(logits_after, model)
         self._rows: Rows
 
     def shape(self, rows: int, longest: int) -> tuple[int, int]:
@@ -177,6 +180,9 @@ class PlainDecoder:
 
     def advance(self) -> None:
         advance(self._forward, _write, self._rows)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
+        return logits_of(self._model, last_hidden(self._model, ids, positions, cache))
 
     def recent(self) -> torch.Tensor:
         return self._rows.recent.cpu()

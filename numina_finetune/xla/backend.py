@@ -25,9 +25,18 @@ from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.model_defaults import default_mesh
 from numina_finetune.models.stream import Weights, progress
 from numina_finetune.processes import ProcessGroup
-from numina_finetune.train.backend import DeviceBatch, DeviceMetrics, StepMetrics, metrics_from_rows
+from numina_finetune.train.backend import (
+    Decoding,
+    DeviceBatch,
+    DeviceMetrics,
+    Ended,
+    StepMetrics,
+    metrics_from_rows,
+)
+from numina_finetune.train.decoding import decode
 from numina_finetune.train.optim import named_state
 from numina_finetune.train.speed import Chips
+from numina_finetune.xla.generation import MeshDecoder
 from numina_finetune.xla.micro_batches import MicroBatches
 from numina_finetune.xla.optimizer import make_adamw
 from numina_finetune.xla.placement import place_model, step_options
@@ -123,6 +132,14 @@ class XlaBackend:
         self._traffic.leave_out()
         return totals
 
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+    ) -> list[list[int]]:
+        decoder = MeshDecoder(self._placed, self.device, decoding.batch_size)
+        with self._traffic.generating(), decoder.at_rest():
+            found = decode(decoder, prompts, decoding, ended, rows=decoder.rows)
+        return [found[number] for number in range(len(prompts))]
+
     def snapshot(self) -> list[Shard]:
         settle()
         shards = self._snapshots.take(self._state())
@@ -148,10 +165,12 @@ class XlaBackend:
         self._traffic.leave_out()
 
     def summary(self) -> str:
+        generated = self._traffic.generation_compilations
         return (
             f"training-graph compilations: {self._traffic.training_compilations}; "
             f"host reads between log lines: {self._traffic.host_reads}; "
             f"operators outside XLA: {self._traffic.fallbacks}"
+            + (f"; compilations for generation: {generated}" if generated else "")
         )
 
     def _state(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Without them the partitioner may follow a weight's split, and exchange activatio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,12 +45,28 @@ ACTIVATIONS: dict[str, PartitionSpec] = {
 }
 """Partition by what a tensor is."""
 
+DECODING: dict[str, PartitionSpec] = ACTIVATIONS | {
+    # One token a row is less than any weight: every device that has a part of the weights gets all of them.
+    "hidden": (REPLICA_AXES, None, None),
+}
+"""The same where weights stay where they are, see :meth:`Constraints.weights_at_rest`."""
+
 
 class Constraints:
     """Marks tensors for one mesh, which may be a larger one than that of the devices at hand."""
 
     def __init__(self, mesh: xs.Mesh, shape: MeshShape) -> None:
         self.mesh, self.shape = mesh, shape
+        self._table = ACTIVATIONS
+
+    @contextmanager
+    def weights_at_rest(self) -> Iterator[None]:
+        """Within, no weight is gathered for its product: the activations travel to the weights' parts."""
+        self._table = DECODING
+        try:
+            yield
+        finally:
+            self._table = ACTIVATIONS
 
     def mark(self, tensor: torch.Tensor, spec: PartitionSpec) -> torch.Tensor:
         """``tensor``, split as ``spec`` says; its gradient is not marked."""
@@ -60,7 +78,7 @@ class Constraints:
 
     def place(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """``tensor``, split as the table says of ``what``; its gradient is not marked."""
-        return self.mark(tensor, ACTIVATIONS[what])
+        return self.mark(tensor, self._table[what])
 
     def __call__(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """``tensor`` and its gradient, split as the table says of ``what``."""
@@ -78,6 +96,8 @@ class Constraints:
         small, used = computed(weight, dtype), whole(spec) if used is None else used
         if self.shape.shards == 1 or used == spec:
             return small
+        if self._table is DECODING:
+            return self.mark(small, spec)
         return self.mark(self.mark(small, spec), used)
 
 

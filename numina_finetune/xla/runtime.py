@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch_xla.debug.metrics as xla_metrics
@@ -86,6 +88,7 @@ class TrafficCounter:
         self.host_reads = 0
         self.fallbacks = 0
         """Operators that XLA does not have, and that ran on the host instead."""
+        self.generation_compilations = 0
         self._compilations_so_far = self._reads_so_far = self._fallbacks_so_far = 0
 
     def count_step(self) -> None:
@@ -93,6 +96,14 @@ class TrafficCounter:
         self.training_compilations += _samples("CompileTime") - self._compilations_so_far
         self.host_reads += _host_reads() - self._reads_so_far
         self.fallbacks += _fallbacks() - self._fallbacks_so_far
+        self.leave_out()
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """What happens within is generation, and none of training's."""
+        before = _samples("CompileTime")
+        yield
+        self.generation_compilations += _samples("CompileTime") - before
         self.leave_out()
 
     def leave_out(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from numina_finetune.models.cache import CachePass, Past
 from numina_finetune.models.precision import compute_dtype
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.loops import Loop, Tensors, placeholder
@@ -58,9 +60,14 @@ class ScannedLayers(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: CachePass | None = None,
         **others: Any,
     ) -> torch.Tensor:
-        """``[batch, seq, hidden]`` through all layers."""
+        """``[batch, seq, hidden]`` through all layers.
+
+        Args:
+            cache: for tokens that follow others, without gradients; it is given what they add to it.
+        """
         given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **others}
         constants, rebuild = _tensors_of(given)
         constants.append(self.one)
@@ -68,6 +75,8 @@ class ScannedLayers(nn.Module):
         if key not in self._programs:
             self._programs[key] = _Program(self, rebuild)
         weights = [getattr(self, _plain(name)) for name in self._names]
+        if cache is not None:
+            return self._programs[key].decode(hidden_states, weights, constants, cache)
         if not torch.is_grad_enabled():
             return self._programs[key].evaluate(hidden_states, weights, constants)
         output: torch.Tensor = _Scan.apply(  # type: ignore[no-untyped-call]
@@ -113,10 +122,25 @@ class _Program:
         self._kept = [0 for _ in layers._group]
         """How many tensors each layer of the group keeps."""
         self._evaluation = Loop(self._evaluate_turn)
+        self._decoding: dict[Any, Loop] = {}
         self._forward, self._backward = Loop(self._forward_turn), Loop(self._backward_turn)
 
     def evaluate(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> torch.Tensor:
         (output,), _ = self._evaluation([hidden], weights, constants, turns=self._layers._turns)
+        return output
+
+    def decode(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors, cache: CachePass) -> torch.Tensor:
+        """The last layer's result; the cache is only read, and the layers' own keys and values come out beside it."""
+        layers, past = self._layers, cache.past
+        stacked, same = list(weights), list(constants)
+        if past is not None:
+            stacked += [held.reshape(layers._turns, -1, *held.shape[1:]) for held in (past.keys, past.values)]
+            same += [past.first, past.slot]
+        kind = past is None, cache.whole
+        loop = self._decoding.setdefault(kind, Loop(partial(self._decode_turn, cache.over(None), past is not None)))
+        (output,), added = loop([hidden], stacked, same, turns=layers._turns)
+        keys, values = (of_all.flatten(0, 1) for of_all in added)
+        cache.add(keys, values)
         return output
 
     def forward(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> tuple[torch.Tensor, Tensors]:
@@ -147,6 +171,20 @@ class _Program:
         for number in range(len(layers._group)):
             hidden = layers.run(number, hidden, weights, arguments)
         return [hidden], []
+
+    def _decode_turn(
+        self, like: CachePass, has_past: bool, carry: Tensors, rows: Tensors, constants: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        layers, (hidden,), past = self._layers, carry, None
+        if has_past:
+            *rows, keys, values = rows
+            *constants, first, slot = constants
+            past = Past(keys, values, first, slot)
+        cache = like.over(past)
+        weights, arguments = layers.gathered(rows, constants[-1]), self._rebuild(constants) | {"cache": cache}
+        for number in range(len(layers._group)):
+            hidden = layers.run(number, hidden, weights, arguments)
+        return [hidden], list(cache.added)
 
     def _forward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
         hidden, leaves, arguments = carry[0], self._leaves(rows, constants[-1]), self._rebuild(constants)

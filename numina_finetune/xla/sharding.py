@@ -60,7 +60,7 @@ def partition_of(model_type: str, name: str, shape: tuple[int, ...], mesh: MeshS
         KeyError: the architecture's table does not name the parameter.
     """
     spec = _rule_of(model_type, name)
-    return tuple(_that_divide(entry, size, mesh) for entry, size in zip(spec, shape, strict=True))
+    return tuple(axes_that_divide(entry, size, mesh) for entry, size in zip(spec, shape, strict=True))
 
 
 def _rule_of(model_type: str, name: str) -> PartitionSpec:
@@ -96,8 +96,9 @@ def is_of_experts(name: str) -> bool:
     return re.search(r"\.experts\.\w+$", name) is not None
 
 
-def _that_divide(entry: Axes, size: int, mesh: MeshShape) -> Axes:
+def axes_that_divide(entry: Axes, size: int, mesh: MeshShape) -> Axes:
+    """Those of ``entry`` over which a dimension of ``size`` can be split evenly: all, the first of them, or None."""
     if isinstance(entry, tuple):
         whole = math.prod(getattr(mesh, axis) for axis in entry)
-        return entry if size % whole == 0 else _that_divide(entry[0], size, mesh)
+        return entry if size % whole == 0 else axes_that_divide(entry[0], size, mesh)
     return entry if entry is not None and size % getattr(mesh, entry) == 0 else None
