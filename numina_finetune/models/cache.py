@@ -28,9 +28,11 @@ Place = Callable[[torch.Tensor, str], torch.Tensor]
 class Past:
     """Earlier tokens, as one forward pass of a single token a row finds them."""
 
-    keys: torch.Tensor
-    """``[layers, batch, kv_heads, capacity, head_dim]``, after the rotary embedding."""
-    values: torch.Tensor
+    entries: torch.Tensor
+    """``[layers · 2, batch, kv_heads, capacity, head_dim]``: each layer's keys, after the rotary embedding, and values.
+
+    In one tensor, because a compiler that may write its results over its arguments pairs them by their shapes.
+    """
     first: torch.Tensor
     """int ``[batch]``: the slot of each row's first token; what is left of it is padding."""
     slot: torch.Tensor
@@ -38,7 +40,7 @@ class Past:
 
     def visible(self, window: int | None) -> torch.Tensor:
         """bool ``[batch, capacity]``: what the new token sees; a window of so many keys counts itself."""
-        slots = torch.arange(self.keys.shape[-2], device=self.keys.device)
+        slots = torch.arange(self.entries.shape[-2], device=self.entries.device)
         found = (slots >= self.first[:, None]) & (slots < self.slot)
         return found if window is None else found & (self.slot - slots < window)
 
@@ -60,23 +62,22 @@ class CachePass:
         """
         self.past, self.whole, self.place = past, whole, place
         self._by_layer: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._added: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._of_all: torch.Tensor | None = None
 
     def over(self, past: Past | None) -> CachePass:
         """A pass like this one over other layers."""
         return CachePass(past, whole=self.whole, place=self.place)
 
     @property
-    def added(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the pass's own tokens, ``[layers, batch, kv_heads, seq, head_dim]`` each."""
-        if self._added is not None:
-            return self._added
-        layers = [self._by_layer[number] for number in sorted(self._by_layer)]
-        return torch.stack([keys for keys, _ in layers]), torch.stack([values for _, values in layers])
+    def added(self) -> torch.Tensor:
+        """Keys and values of the pass's own tokens, ``[layers · 2, batch, kv_heads, seq, head_dim]``."""
+        if self._of_all is not None:
+            return self._of_all
+        return torch.stack([entry for number in sorted(self._by_layer) for entry in self._by_layer[number]])
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take over those of all layers at once, from a loop that has run passes of its own."""
-        self._added = keys, values
+    def add_all(self, entries: torch.Tensor) -> None:
+        """Take over :attr:`added` of all layers from a loop that has run passes of its own."""
+        self._of_all = entries
 
     def attend(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **others: Any
@@ -133,15 +134,16 @@ def _attend_to_past(
     batch, heads, kv_heads, size = query.shape[0], query.shape[1], key.shape[1], query.shape[3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, size)  # heads of one key stand together
     scale = size**-0.5 if scaling is None else scaling
+    past_key, past_value = past.entries[2 * layer], past.entries[2 * layer + 1]
     wide = torch.promote_types(value.dtype, torch.float32)
-    scores = (torch.einsum("bkgd,bkcd->bkgc", grouped, past.keys[layer]) * scale).to(wide)
+    scores = (torch.einsum("bkgd,bkcd->bkgc", grouped, past_key) * scale).to(wide)
     visible = past.visible(sliding_window)[:, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(wide).min)
     own = ((grouped * key).sum(-1, keepdim=True) * scale).to(wide)
     sinks = [] if s_aux is None else [s_aux.to(wide).view(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)]
     probabilities = torch.softmax(torch.cat([scores, own, *sinks], dim=-1), dim=-1).to(value.dtype)
     capacity = scores.shape[-1]
-    mixed = torch.einsum("bkgc,bkcd->bkgd", probabilities[..., :capacity], past.values[layer])
+    mixed = torch.einsum("bkgc,bkcd->bkgd", probabilities[..., :capacity], past_value)
     mixed = mixed + probabilities[..., capacity : capacity + 1] * value
     return mixed.reshape(batch, 1, heads, size)
 

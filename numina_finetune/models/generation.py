@@ -45,9 +45,8 @@ class Rows:
     """A batch under way; on the devices, and changed in place."""
 
     prompts: Prompts
-    keys: torch.Tensor
-    """``[layers, batch, kv_heads, capacity, head_dim]``."""
-    values: torch.Tensor
+    entries: torch.Tensor
+    """See :class:`numina_finetune.models.cache.Past`."""
     token: torch.Tensor
     """int32 ``[batch, 1]``: the newest, which the model has not seen."""
     recent: torch.Tensor
@@ -72,7 +71,7 @@ class Forward(Protocol):
 
 
 Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Puts ``[layers, batch, kv_heads, 1, head_dim]`` into a cache, in place, at a slot (int32 ``[1]``)."""
+"""Puts ``[layers · 2, batch, kv_heads, 1, head_dim]`` into a cache, in place, at a slot (int32 ``[1]``)."""
 
 
 def begin(forward: Forward, prompts: Prompts, cache: CachePass, *, new_tokens: int) -> Rows:
@@ -86,11 +85,9 @@ def begin(forward: Forward, prompts: Prompts, cache: CachePass, *, new_tokens: i
     device = prompts.ids.device
     positions = torch.arange(width, device=device, dtype=torch.int32) - prompts.first[:, None]
     logits = forward(prompts.ids, positions, cache)
-    keys, values = (nn.functional.pad(added, (0, 0, 0, new_tokens)) for added in cache.added)
     rows = Rows(
         prompts,
-        keys,
-        values,
+        nn.functional.pad(cache.added, (0, 0, 0, new_tokens)),
         token=torch.zeros(batch, 1, dtype=torch.int32, device=device),
         recent=torch.zeros(batch, READ_EVERY, dtype=torch.int32, device=device),
         ended=torch.zeros(batch, dtype=torch.bool, device=device),
@@ -104,11 +101,9 @@ def advance(forward: Forward, write: Write, rows: Rows, make_pass: Callable[[Pas
     """Give each row its next token."""
     first = rows.prompts.first
     slot = rows.prompts.ids.shape[1] + rows.count - 1
-    cache = make_pass(Past(rows.keys, rows.values, first, slot))
+    cache = make_pass(Past(rows.entries, first, slot))
     logits = forward(rows.token, (slot - first)[:, None], cache)
-    keys, values = cache.added
-    write(rows.keys, keys, slot)
-    write(rows.values, values, slot)
+    write(rows.entries, cache.added, slot)
     _give(rows, logits)
 
 

@@ -35,13 +35,16 @@ SMALLEST_BUCKET = 128
 """Prompts are padded to this length or to a power of two times it; what the attention kernel takes are multiples."""
 
 _PLACES: dict[str, PartitionSpec] = {
-    # [batch, heads, seq, head_dim]
+    # [batch, heads, seq, head_dim], as the weights' parts give them, and as the cache lies
+    "projected": (REPLICA_AXES, "tensor", None, None),
     "heads": (BATCH_AXES, "tensor", None, None),
     # [batch, seq, heads, head_dim], on its way to weights that stay where they are
     "attended": (REPLICA_AXES, None, "tensor", None),
-    # [layers, batch, kv_heads, capacity, head_dim]
+    # [layers · 2, batch, kv_heads, capacity, head_dim]
     "cache": (None, BATCH_AXES, "tensor", None, None),
-    # [batch, vocabulary]: a row's scores stand together where its token is chosen
+    # [batch, hidden] and [batch, vocabulary] at the output layer, and where a row's token is chosen
+    "last": (REPLICA_AXES, None),
+    "logits": (REPLICA_AXES, "tensor"),
     "scores": (BATCH_AXES, None),
 }
 
@@ -85,8 +88,7 @@ class MeshDecoder:
         rows = generation.begin(
             self._read, Prompts(*map(self._put, prompts)), CachePass(whole=whole), new_tokens=new_tokens
         )
-        for name in ("keys", "values"):
-            setattr(rows, name, self._place(getattr(rows, name), "cache"))
+        rows.entries = self._place(rows.entries, "cache")
         for name in ("token", "recent", "ended", "count"):  # small, and whole on every device: any host can read them
             held = getattr(rows, name)
             setattr(rows, name, self._constraints.mark(held, (None,) * held.ndim))
@@ -95,7 +97,7 @@ class MeshDecoder:
 
     def advance(self) -> None:
         assert self._batch is not None, "begin() comes first"
-        generation.advance(self._decode, self._write, self._batch, partial(CachePass, place=self._place))
+        generation.advance(self._decode, self._write, self._batch, partial(CachePass, place=self._attending))
         torch_xla.sync()
 
     def recent(self) -> torch.Tensor:
@@ -119,8 +121,13 @@ class MeshDecoder:
             return self._scores(last_hidden(self._model, ids, positions, cache))
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        everywhere = self._constraints.mark(hidden, (REPLICA_AXES, None))
-        return self._place(logits_of(self._model, everywhere), "scores")
+        logits = logits_of(self._model, self._place(hidden, "last"))
+        return self._place(self._place(logits, "logits"), "scores")
+
+    def _attending(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """See :data:`numina_finetune.models.cache.Place`."""
+        # Without the first mark the split by rows would reach back to the products, and gather their weights.
+        return self._place(self._place(tensor, "projected") if what == "heads" else tensor, what)
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that every host has, whole on every device."""

@@ -134,13 +134,12 @@ class _Program:
         layers, past = self._layers, cache.past
         stacked, same = list(weights), list(constants)
         if past is not None:
-            stacked += [held.reshape(layers._turns, -1, *held.shape[1:]) for held in (past.keys, past.values)]
+            stacked.append(past.entries.reshape(layers._turns, -1, *past.entries.shape[1:]))
             same += [past.first, past.slot]
         kind = past is None, cache.whole
         loop = self._decoding.setdefault(kind, Loop(partial(self._decode_turn, cache.over(None), past is not None)))
-        (output,), added = loop([hidden], stacked, same, turns=layers._turns)
-        keys, values = (of_all.flatten(0, 1) for of_all in added)
-        cache.add(keys, values)
+        (output,), (added,) = loop([hidden], stacked, same, turns=layers._turns)
+        cache.add_all(added.flatten(0, 1))
         return output
 
     def forward(self, hidden: torch.Tensor, weights: Tensors, constants: Tensors) -> tuple[torch.Tensor, Tensors]:
@@ -177,14 +176,14 @@ class _Program:
     ) -> tuple[Tensors, Tensors]:
         layers, (hidden,), past = self._layers, carry, None
         if has_past:
-            *rows, keys, values = rows
+            *rows, entries = rows
             *constants, first, slot = constants
-            past = Past(keys, values, first, slot)
-        cache = like.over(past)
+            past = Past(entries, first, slot)
+        cache, hidden = like.over(past), layers._constraints.place(hidden, "hidden")
         weights, arguments = layers.gathered(rows, constants[-1]), self._rebuild(constants) | {"cache": cache}
         for number in range(len(layers._group)):
             hidden = layers.run(number, hidden, weights, arguments)
-        return [hidden], list(cache.added)
+        return [hidden], [cache.added]
 
     def _forward_turn(self, carry: Tensors, rows: Tensors, constants: Tensors) -> tuple[Tensors, Tensors]:
         hidden, leaves, arguments = carry[0], self._leaves(rows, constants[-1]), self._rebuild(constants)
