@@ -22,7 +22,8 @@ def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
     )
     name, _ = launch.choose_backend(config)
     launch.prepare_environment(name)
-    return {"export": export, "nonfinite": nonfinite, "reload": reload, "uneven": uneven}[task](config, name, folder)
+    tasks = {"export": export, "nonfinite": nonfinite, "reload": reload, "uneven": uneven, "generation": generation}
+    return tasks[task](config, name, folder)
 
 
 def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
@@ -127,6 +128,36 @@ def uneven(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
         metrics.append(backend.step([backend.put_batch(type(rows)(*part)) for part in parts], 1e-2))
     whole, cut = backend.read(metrics)
     return {"whole": [whole.loss, whole.grad_norm, whole.supervised], "cut": [cut.loss, cut.grad_norm, cut.supervised]}
+
+
+def generation(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Three steps with a generation after each, and without; and the ends of rows."""
+    from numina_finetune.models.load import load_model
+    from numina_finetune.models.tokenizer import load_tokenizer
+    from numina_finetune.train.backend import Decoding
+
+    backend, tokenizer = _backend(config, name), load_tokenizer(config)
+    prompts = [[7, 8, 9], [5], list(range(20, 60)), [30, 31], [5]]
+    found: dict[str, Any] = {"digests": []}
+    for generates in (True, False):
+        backend.place(load_model(config, tokenizer), config)
+        for seed in range(3):
+            backend.step([backend.put_batch(_rows(seed, 4))], 1e-2)
+            if generates:
+                drawn = Decoding(20, frozenset(), 0, 4, temperature=seed / 2, seed=seed)
+                found["drawn"] = backend.generate(prompts, drawn)
+        found["digests"].append(_digest(backend))
+    found["summary"] = backend.summary()
+    backend.place(load_model(config, tokenizer), config, trained=False)
+    free = backend.generate(prompts, Decoding(40, frozenset(), 0, 4))
+    stop = free[0][10]
+    found |= {
+        "free": free,
+        "stopped": backend.generate(prompts, Decoding(40, frozenset({stop, 500}), 0, 4)),
+        "until stop": [row[: row.index(stop) + 1] if stop in row else row for row in free],
+        "ended": backend.generate(prompts, Decoding(40, frozenset(), 0, 4), lambda tokens: len(tokens) >= 5),
+    }
+    return found
 
 
 def _backend(config: RunConfig, name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from numina_finetune.models.generation import READ_EVERY
 from tests.conftest import ROOT, environment
 
 DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
@@ -58,3 +59,17 @@ def test_a_resume_waits_for_the_placement_that_is_still_under_way(tmp_path: Path
 def test_micro_batches_weigh_by_their_supervised_tokens(tmp_path: Path, devices: int | None) -> None:
     result = live("uneven", tmp_path, devices)
     assert result["cut"] == pytest.approx(result["whole"], rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_training_goes_on_after_a_generation_as_if_there_had_been_none(tmp_path: Path, devices: int | None) -> None:
+    result = live("generation", tmp_path, devices)
+    assert result["digests"][0] == result["digests"][1]
+    assert result["drawn"][1] != result["drawn"][4], "equal prompts are drawn for apart"
+    assert {len(row) for row in result["free"]} == {40}
+    assert result["stopped"] == result["until stop"] != result["free"]
+    assert [len(row) for row in result["ended"]] == [READ_EVERY] * 5
+    if devices:
+        # Placed twice with other tensors of the same shapes, and asked with and without a temperature.
+        assert "training-graph compilations: 1; host reads between log lines: 0" in result["summary"]
+        assert "compilations for generation: 4" in result["summary"]
