@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
 
 
 def live(task: str, folder: Path, devices: int | None, *options: str) -> dict[str, Any]:
+    (result,) = run_live([], task, folder, devices, *options)
+    return result
+
+
+def run_live(
+    launcher: Sequence[str], task: str, folder: Path, devices: int | None, *options: str
+) -> list[dict[str, Any]]:
+    """What each process says."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.train.live", task, str(folder), *options],
-        env=environment(devices=devices),
+        [sys.executable, *launcher, "-m", "tests.train.live", task, str(folder), *options],
+        env=environment(devices=devices, **({"ACCELERATE_USE_CPU": "1"} if launcher else {})),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -27,7 +36,7 @@ def live(task: str, folder: Path, devices: int | None, *options: str) -> dict[st
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -61,15 +70,36 @@ def test_micro_batches_weigh_by_their_supervised_tokens(tmp_path: Path, devices:
     assert result["cut"] == pytest.approx(result["whole"], rel=1e-5)
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_training_goes_on_after_a_generation_as_if_there_had_been_none(tmp_path: Path, devices: int | None) -> None:
-    result = live("generation", tmp_path, devices)
+@pytest.fixture(scope="module", params=DEVICES)
+def generation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, dict[str, Any]]:
+    return request.param is not None, live("generation", tmp_path_factory.mktemp("generation"), request.param)
+
+
+def test_training_goes_on_after_a_generation_as_if_there_had_been_none(generation: tuple[bool, dict[str, Any]]) -> None:
+    compiled, result = generation
     assert result["digests"][0] == result["digests"][1]
+    if compiled:
+        # Two models of the same shapes one after the other, greedy and drawn tokens.
+        assert "training-graph compilations: 1; host reads between log lines: 0" in result["summary"]
+        assert "compilations for generation: 4" in result["summary"]
+
+
+def test_a_model_without_an_optimizer_generates_and_rows_end_where_they_should(
+    generation: tuple[bool, dict[str, Any]],
+) -> None:
+    _, result = generation
     assert result["drawn"][1] != result["drawn"][4], "equal prompts are drawn for apart"
     assert {len(row) for row in result["free"]} == {40}
     assert result["stopped"] == result["until stop"] != result["free"]
     assert [len(row) for row in result["ended"]] == [READ_EVERY] * 5
-    if devices:
-        # Placed twice with other tensors of the same shapes, and asked with and without a temperature.
-        assert "training-graph compilations: 1; host reads between log lines: 0" in result["summary"]
-        assert "compilations for generation: 4" in result["summary"]
+
+
+@pytest.mark.parametrize("generation", [None], ids=["native"], indirect=True)
+def test_two_processes_share_the_prompts_and_both_get_all_tokens(
+    tmp_path: Path, generation: tuple[bool, dict[str, Any]]
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    first, second = run_live(launcher, "generation", tmp_path, None)
+    for name in ("drawn", "free", "stopped", "ended"):
+        assert first[name] == second[name]
+    assert first["free"] == generation[1]["free"] and first["ended"] == generation[1]["ended"]
