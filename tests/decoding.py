@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from numina_finetune.models.experts import STATIC_EXPERTS
-from tests.reference import VOCABULARY, WINDOW, fill_randomly, gpt_oss_config
+from tests.reference import fill_randomly, gpt_oss_config, qwen3_config
 
 PAD = 0
 PROMPTS = [[5, 9, 23], [7], list(range(40, 60)), [60, 2, 60, 2], list(range(100, 231)), [11, 12], [11, 12, 13]]
@@ -20,25 +20,8 @@ TIE = 1e-4
 
 def decoded_model(name: str, layers: int = 4) -> PreTrainedModel:
     """``qwen3`` (tied head), ``qwen3-windows`` (its own head, every other layer with a window) or ``gpt-oss``."""
-    if name == "gpt-oss":
-        config = gpt_oss_config(8, layers)
-    else:
-        windows = name == "qwen3-windows"
-        config = Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            tie_word_embeddings=not windows,
-            pad_token_id=PAD,
-            use_sliding_window=windows,
-            sliding_window=WINDOW if windows else None,
-            layer_types=["sliding_attention", "full_attention"] * (layers // 2) if windows else None,
-            use_cache=False,
-        )
+    windows = name == "qwen3-windows"
+    config = gpt_oss_config(8, layers) if name == "gpt-oss" else qwen3_config(layers, tied=not windows, windows=windows)
     experts = {"experts_implementation": STATIC_EXPERTS} if name == "gpt-oss" else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **experts)
     fill_randomly(model)

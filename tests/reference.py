@@ -8,7 +8,7 @@ import re
 import numpy as np
 import torch
 from torch import nn
-from transformers import GptOssConfig, PreTrainedModel
+from transformers import GptOssConfig, PreTrainedModel, Qwen3Config
 
 from numina_finetune.config import RunConfig
 from numina_finetune.models.lora import add_adapters, lora_config
@@ -49,6 +49,25 @@ def reference(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, to
         total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.autograd.backward(total)
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def qwen3_config(layers: int, *, tied: bool = True, windows: bool = True) -> Qwen3Config:
+    """Small, with a window in every other layer."""
+    return Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        use_sliding_window=windows,
+        sliding_window=WINDOW,
+        layer_types=(["sliding_attention", "full_attention"] if windows else ["full_attention"] * 2) * (layers // 2),
+        use_cache=False,
+    )
 
 
 def gpt_oss_config(experts: int, layers: int = 2) -> GptOssConfig:

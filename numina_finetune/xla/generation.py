@@ -25,7 +25,7 @@ from numina_finetune.models.attention import segment_attention
 from numina_finetune.models.cache import CachePass
 from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.models.generation import Prompts, Rows, last_hidden, logits_of
-from numina_finetune.xla.constraints import REPLICA_AXES
+from numina_finetune.xla.constraints import REPLICA_AXES, Constraints
 from numina_finetune.xla.experts import SPLIT_EXPERTS
 from numina_finetune.xla.placement import Placed
 from numina_finetune.xla.sharding import PartitionSpec, axes_that_divide
@@ -65,6 +65,7 @@ class MeshDecoder:
         # An answer shall not depend on which tokens of other rows came to the same expert.
         drops = self._experts == SPLIT_EXPERTS and ExpertsInterface()[SPLIT_EXPERTS].drops
         self._reading_experts = STATIC_EXPERTS if drops else self._experts
+        self._place, self._attending = partial(_place, self._constraints), partial(_attending, self._constraints)
         self._batch: Rows | None = None
 
     @contextmanager
@@ -75,6 +76,7 @@ class MeshDecoder:
                 yield
         finally:
             self._model.config._experts_implementation = self._experts
+            self._batch = None
 
     def shape(self, rows: int, longest: int) -> tuple[int, int]:
         width = SMALLEST_BUCKET
@@ -96,17 +98,19 @@ class MeshDecoder:
         torch_xla.sync()
 
     def advance(self) -> None:
-        assert self._batch is not None, "begin() comes first"
-        generation.advance(self._decode, self._write, self._batch, partial(CachePass, place=self._attending))
+        generation.advance(self._decode, self._write, self._rows, partial(CachePass, place=self._attending))
         torch_xla.sync()
 
     def recent(self) -> torch.Tensor:
-        assert self._batch is not None, "begin() comes first"
-        return self._batch.recent.cpu()
+        return self._rows.recent.cpu()
 
     def end(self, ended: torch.Tensor) -> None:
+        self._rows.ended = self._put(ended)
+
+    @property
+    def _rows(self) -> Rows:
         assert self._batch is not None, "begin() comes first"
-        self._batch.ended = self._put(ended)
+        return self._batch
 
     def _read(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
         """Whole prompts are worth gathering the layers' weights, as in training; the output layer sees one token."""
@@ -116,7 +120,7 @@ class MeshDecoder:
             return self._scores(hidden)
 
     def _decode(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
-        self._model.config._experts_implementation = STATIC_EXPERTS  # the kernels' blocks of rows would be empty
+        self._model.config._experts_implementation = STATIC_EXPERTS  # too few rows for the kernels' blocks
         with self._constraints.weights_at_rest():
             return self._scores(last_hidden(self._model, ids, positions, cache))
 
@@ -124,31 +128,34 @@ class MeshDecoder:
         logits = logits_of(self._model, self._place(hidden, "last"))
         return self._place(self._place(logits, "logits"), "scores")
 
-    def _attending(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """See :data:`numina_finetune.models.cache.Place`."""
-        # Without the first mark the split by rows would reach back to the products, and gather their weights.
-        return self._place(self._place(tensor, "projected") if what == "heads" else tensor, what)
-
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that every host has, whole on every device."""
         spec = xs.ShardingSpec(self._constraints.mesh, (None,) * tensor.ndim)
         moved: list[torch.Tensor] = xm.send_cpu_data_to_device([tensor], self._device, spec)
         return moved[0]
 
-    def _place(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        shape = self._constraints.shape
-        spec = zip(_PLACES[what], tensor.shape, strict=True)
-        return self._constraints.mark(
-            tensor, tuple(axes and axes_that_divide(axes, size, shape) for axes, size in spec)
-        )
-
     def _write(self, cache: torch.Tensor, added: torch.Tensor, slot: torch.Tensor) -> None:
         (written,) = torch_xla._XLAC._xla_user_computation(
             "numina::write",
-            (cache, self._place(added.to(cache.dtype), "cache"), slot),
+            (cache, self._place(added, "cache"), slot),
             _write_program(tuple(cache.shape), tuple(added.shape), cache.dtype),
         )
         cache.copy_(self._place(written, "cache"))
+
+
+def _place(constraints: Constraints, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """``tensor``, split as the table says of ``what``, over the axes that divide it."""
+    spec = zip(_PLACES[what], tensor.shape, strict=True)
+    return constraints.mark(
+        tensor, tuple(axes and axes_that_divide(axes, size, constraints.shape) for axes, size in spec)
+    )
+
+
+def _attending(constraints: Constraints, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """See :data:`numina_finetune.models.cache.Place`."""
+    if what == "heads":  # else the split by rows would reach back to the products, and gather their weights
+        tensor = _place(constraints, tensor, "projected")
+    return _place(constraints, tensor, what)
 
 
 @lru_cache

@@ -137,8 +137,9 @@ class _Program:
             stacked.append(past.entries.reshape(layers._turns, -1, *past.entries.shape[1:]))
             same += [past.first, past.slot]
         kind = past is None, cache.whole
-        loop = self._decoding.setdefault(kind, Loop(partial(self._decode_turn, cache.over(None), past is not None)))
-        (output,), (added,) = loop([hidden], stacked, same, turns=layers._turns)
+        if kind not in self._decoding:
+            self._decoding[kind] = Loop(partial(self._decode_turn, cache.over(None), past is not None))
+        (output,), (added,) = self._decoding[kind]([hidden], stacked, same, turns=layers._turns)
         cache.add_all(added.flatten(0, 1))
         return output
 

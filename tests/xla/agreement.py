@@ -16,7 +16,7 @@ import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3 import modeling_qwen3
 
 from numina_finetune.mesh import MeshShape, parse_mesh
@@ -31,12 +31,12 @@ from tests.reference import (
     LENGTH,
     ROWS,
     VOCABULARY,
-    WINDOW,
     Batch,
     fill_randomly,
     gpt_oss_config,
     packed_rows,
     peft_reference,
+    qwen3_config,
     reference,
     with_adapters,
 )
@@ -52,23 +52,10 @@ def tiny(layers: int, dtype: torch.dtype, tied: bool, experts: int = 0) -> PreTr
         )
         fill_randomly(sparse)
         return sparse
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        use_sliding_window=True,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-    )
-    config.use_cache = False
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION)
+    return AutoModelForCausalLM.from_config(
+        qwen3_config(layers, tied=tied), dtype=dtype, attn_implementation=SEGMENT_ATTENTION
+    )
 
 
 def ours(
