@@ -169,6 +169,11 @@ def _contradictions(config: RunConfig) -> list[str]:
             for f in fields(config)
             if f.name.startswith("lora_") and getattr(config, f.name) != f.default
         ]
+    faults += [
+        f"{flag(name)} {getattr(config, name)} is for wandb, which is not asked for: add --report-to wandb"
+        for name in ("tracker_project", "tracker_group")
+        if getattr(config, name) is not None and "wandb" not in config.trackers
+    ]
     scheme, separator, rest = config.output_dir.partition("://")
     if separator and (scheme != "gs" or not rest.split("/")[0]):
         faults.append(f"--output-dir {config.output_dir} is no place to store: give gs://bucket/prefix or a folder")

@@ -278,6 +278,12 @@ class RunConfig:
         identity=False,
     )
     report_to: str = option("none", "Trackers, comma-separated: wandb, tensorboard, none.", "Output", identity=False)
+    tracker_project: str | None = option(
+        None, "wandb's project; WANDB_PROJECT or numina_finetune if unset.", "Output", identity=False
+    )
+    tracker_group: str | None = option(
+        None, "wandb's group, which shows runs together, such as the trials of a sweep.", "Output", identity=False
+    )
     dry_run: bool = option(
         False, "Check everything, prepare the data, say what would run, and stop.", "Output", identity=False
     )

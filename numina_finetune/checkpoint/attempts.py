@@ -16,6 +16,7 @@ from numina_finetune.storage import PreconditionFailed, StorageError, Store
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = "attempts"
+STARTED = "started.json"
 OUTCOME = "outcome.json"
 
 
@@ -76,7 +77,7 @@ def open_attempt(store: Store) -> Attempt:
     while True:
         started = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         try:
-            store.write_json(f"{ATTEMPTS}/{number}/started.json", started, if_generation=0)
+            store.write_json(f"{ATTEMPTS}/{number}/{STARTED}", started, if_generation=0)
         except PreconditionFailed:
             number += 1
             continue

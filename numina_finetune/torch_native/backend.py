@@ -53,7 +53,6 @@ class NativeBackend:
         self.accelerator = Accelerator(
             mixed_precision="no",
             cpu=not torch.cuda.is_available(),
-            log_with=config.trackers or None,
             project_dir=str(config.run_dir),
             rng_types=[],
         )

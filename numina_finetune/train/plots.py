@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from numina_finetune.train.metrics import Record, life_of, parse_metrics
 
 SMOOTHED_SHARE = 0.03
 """The smoothed curve averages over this share of the steps on either side."""
@@ -32,20 +33,18 @@ def read_lives(metrics_path: Path) -> list[Life]:
     Raises:
         ValueError: the file holds no step.
     """
-    made: dict[int, tuple[int, float]] = {}
-    for line in metrics_path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("loss") is not None:
-            made[int(record["step"])] = (int(record.get("life", 1)), float(record["loss"]))
+    made = parse_metrics(metrics_path.read_text(encoding="utf-8")).steps
     if not made:
         raise ValueError(f"{metrics_path} holds no training step")
+    return lives_of(made)
+
+
+def lives_of(records: Sequence[Record]) -> list[Life]:
+    """The training loss by life, from the records of steps in their order."""
     lives = []
-    for number, group in groupby(sorted(made.items()), key=lambda item: item[1][0]):
-        steps, values = zip(*group, strict=True)
-        lives.append(Life(number, list(steps), [loss for _, loss in values]))
+    for number, group in groupby(records, key=life_of):
+        own = list(group)
+        lives.append(Life(number, [int(record["step"]) for record in own], [float(record["loss"]) for record in own]))
     return lives
 
 

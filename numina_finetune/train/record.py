@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from numina_finetune.checkpoint.reading import Checkpoint, Unsound, committed
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
+from numina_finetune.train.provenance import git_state, redacted, versions
 
 RECORD = "run.yaml"
 OPTIMIZER_SETTINGS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -61,22 +60,11 @@ def write_record(
         "data_key": data_key,
         "tokenizer": tokenizer,
         "base": base,
-        "config": config.to_mapping(),
+        "config": redacted(config.to_mapping()),
         "versions": versions(),
+        "git": git_state(),
     }
     store.write(RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
-
-
-def versions() -> dict[str, str]:
-    """Of the interpreter and the libraries that decide the numbers."""
-    names = ("numina_finetune", "torch", "torch_xla", "transformers", "accelerate", "datasets", "tokenizers")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def check_output(config: RunConfig) -> None:

@@ -1,23 +1,22 @@
-"""What a person and a program see of a run: a progress bar, log lines, ``metrics.jsonl``, trackers."""
+"""What a person and a program see of a run: progress on a terminal or log lines, ``metrics.jsonl``, trackers."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from numina_finetune import storage
 from numina_finetune.checkpoint.manager import Saved
 from numina_finetune.train.backend import StepMetrics
+from numina_finetune.train.display import Display, clock
+from numina_finetune.train.metrics import Record, is_evaluation, life_of, parse_metrics, productive_seconds
 from numina_finetune.train.place import METRICS
 from numina_finetune.train.speed import Chips, Seconds, TokenFlops, utilisation
 
@@ -36,29 +35,25 @@ class Report:
         step: int,
         total_steps: int,
         active: bool,
+        began: float,
         flops: TokenFlops,
         chips: Chips,
     ) -> None:
+        """``began``: when this life did, by the monotonic clock."""
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
         self._active = active
         self._flops, self._chips = flops, chips
-        self._since = time.monotonic()
-        if active:
-            _keep_records_up_to(self._path, step)
-        terminal = shutil.get_terminal_size()  # tqdm itself draws nothing where the size is said to be 0 x 0
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            ncols=terminal.columns,
-            nrows=terminal.lines,
-            disable=not (active and sys.stderr.isatty()),
-        )
+        self._began, self._since = began, time.monotonic()
+        self._step_seconds: list[float] = []
+        self._display = Display(step, total_steps) if active and sys.stdout.isatty() else None
+        if active and (lost := _keep_records_up_to(self._path, step, life)):
+            self._write(*lost)
 
     def advance(self) -> None:
         """One optimizer step was dispatched."""
-        self._bar.update(1)
+        if self._display:
+            self._display.advance()
 
     def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float], spent: Seconds) -> None:
         """Record the steps since the last log line; they have just been read, so the clock is true.
@@ -88,8 +83,9 @@ class Report:
             return
         self._write(*records)
         for record in records:
-            numbers = {key: value for key, value in record.items() if key not in ("step", "life")}
+            numbers = {key: value for key, value in record.items() if key not in ("step", "life", "time")}
             self._accelerator.log(numbers, step=record["step"])
+        self._step_seconds += [speed["seconds_per_step"]] * count
         self._show(metrics[-1], learning_rates[-1], speed)
 
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
@@ -111,33 +107,32 @@ class Report:
         self._since = time.monotonic()
 
     def close(self) -> None:
-        self._bar.close()
+        if self._display:
+            self._display.close()
 
-    def _write(self, *records: dict[str, Any]) -> None:
+    def _write(self, *records: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+        if self._display and records:
+            self._display.show(records[-1])
 
     def _show(self, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float]) -> None:
         rate, left = speed["tokens_per_second"], speed["seconds_per_step"] * (self._total - self._step)
         used = f"  mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
         dropped = "" if metric.dropped_share is None else f"  dropped {metric.dropped_share:.2%}"
-        self._bar.set_postfix(loss=f"{metric.loss:.4f}", tokens_s=f"{rate:.0f}")
-        if self._bar.disable:
-            self._say(
-                f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
-                f"{rate:.0f} tokens/s{used}{dropped}  {_clock(left)} left"
-            )
+        if self._display:
+            self._display.goodput = productive_seconds(self._step_seconds) / max(time.monotonic() - self._began, 1e-9)
+            return
+        self._say(
+            f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
+            f"{rate:.0f} tokens/s{used}{dropped}  {clock(left)} left"
+        )
 
     def _say(self, line: str) -> None:
-        if self._bar.disable:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
+        print(line, flush=True)  # a display moves out of its way
 
 
-def _record(
-    step: int, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float], life: int
-) -> dict[str, Any]:
+def _record(step: int, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float], life: int) -> Record:
     return {
         "step": step,
         "loss": metric.loss,
@@ -148,29 +143,43 @@ def _record(
         **({} if metric.dropped_share is None else {"dropped_share": metric.dropped_share}),
         **speed,
         "applied": metric.applied,
+        "time": round(time.time(), 3),
         "life": life,
     }
 
 
-def _keep_records_up_to(path: Path, step: int) -> None:
-    """Forget what an earlier life did after its last checkpoint: this life makes those steps again.
+def _keep_records_up_to(path: Path, step: int, life: int) -> list[Record]:
+    """Forget what earlier lives did after their last checkpoint: ``life`` makes those steps again.
 
     The evaluation after the checkpoint's own step is among it: saves come before evaluations.
+
+    Returns:
+        What was lost by it, one record for each earlier life, of which at least the logged steps are known.
     """
     if not path.is_file():
-        return
-    kept = []
+        return []
+    kept, dropped = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-            if record["step"] < step or (record["step"] == step and "eval_loss" not in record):
-                kept.append(line + "\n")
+            keep = record["step"] < step or (record["step"] == step and not is_evaluation(record))
+            (kept if keep else dropped).append(line + "\n")
         except ValueError:  # a line cut off by a kill
             logger.info("dropped an incomplete line of %s", path)
     storage.write_text(path, "".join(kept))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    lost: dict[int, list[Record]] = {}
+    for record in parse_metrics("".join(dropped)).steps:
+        lost.setdefault(life_of(record), []).append(record)
+    return [
+        {
+            "step": step,
+            "lost": {
+                "life": number,
+                "steps": len(records),
+                "seconds": round(sum(record.get("seconds_per_step", 0.0) for record in records), 3),
+                "time": records[-1].get("time"),
+            },
+            "life": life,
+        }
+        for number, records in lost.items()
+    ]

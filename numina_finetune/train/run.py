@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,15 @@ from numina_finetune.train.record import (
 )
 from numina_finetune.train.report import Report
 from numina_finetune.train.speed import TokenFlops, token_flops
+from numina_finetune.train.trackers import (
+    TENSORBOARD,
+    TrackedLife,
+    close_trackers,
+    missing_trackers,
+    start_trackers,
+    tracked_facts,
+    tracker_run_key,
+)
 from numina_finetune.train.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -69,7 +79,8 @@ def check(config: RunConfig, backend: str) -> None:
     Raises:
         ConfigError: all of it at once.
     """
-    faults = [*config_faults(config), *launch.faults(backend), *preflight(config.datasets, config)]
+    faults = [*config_faults(config), *launch.faults(backend), *missing_trackers(config)]
+    faults += preflight(config.datasets, config)
     devices = launch.device_count(backend)
     if devices is not None:
         faults += _problems(lambda: parse_mesh(config.mesh, devices))
@@ -117,6 +128,7 @@ class _Life:
     progress: Progress
     notice: StopNotice
     checkpoints: CheckpointManager | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def run(self) -> bool:
         """Resume, train, export; whether the run is finished."""
@@ -157,7 +169,7 @@ class _Life:
             facts=facts,
             asynchronous=config.async_save,
             remaining=self.notice.remaining,
-            before_commit=lambda: place.publish(METRICS),
+            before_commit=self._publish_records,
         )
         if candidates:
             checkpoint = self.checkpoints.load(candidates)
@@ -195,7 +207,7 @@ class _Life:
     def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager, flops: TokenFlops) -> bool:
         config, backend = self.config, self.backend
         if config.trackers:
-            backend.accelerator.init_trackers("numina_finetune", config=_flat(config))
+            self._start_trackers(data)
         first = backend.process_index == 0
         if first:
             self.place.fetch(METRICS)
@@ -206,6 +218,7 @@ class _Life:
             step=self.progress.step,
             total_steps=plan.total_steps,
             active=first,
+            began=self.began,
             flops=flops,
             chips=backend.chips,
         )
@@ -229,8 +242,19 @@ class _Life:
             checkpoints.close()
             report.close()
             self.place.publish_folder(PROFILE)
-            if config.trackers:
-                backend.accelerator.end_training()
+            close_trackers(backend.accelerator)
+            self.place.publish_folder(TENSORBOARD)
+
+    def _start_trackers(self, data: Data) -> None:
+        place, backend = self.place, self.backend
+        if backend.process_index == 0:
+            key, facts = tracker_run_key(place.store), tracked_facts(self.config, data.index.report)
+            start_trackers(backend.accelerator, TrackedLife(self.config, place.folder, key, self.progress.step, facts))
+
+    def _publish_records(self) -> None:
+        """What a checkpoint's steps left behind, durable with it."""
+        self.place.publish(METRICS)
+        self.place.publish_folder(TENSORBOARD)
 
     def _claim(
         self, record: Mapping[str, Any] | None, data: Data, plan: Plan, tokenizer: str, base: str | None
@@ -396,13 +420,6 @@ def _describe(data: Data, plan: Plan) -> str:
         f"{plan.total_steps} optimizer steps of {batch.global_batch} rows "
         f"({batch.accumulation} x {batch.rows_per_micro_batch})"
     )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """The configuration as trackers take it: plain values only."""
-    mapping = config.to_mapping()
-    mapping["datasets"] = ", ".join(source.name for source in config.datasets)
-    return {name: value for name, value in mapping.items() if isinstance(value, bool | int | float | str)}
 
 
 def _problems(attempt: Callable[[], object]) -> list[str]:

@@ -72,9 +72,7 @@ class XlaBackend:
             f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, "
             f"{self.process_count} process(es)"
         )
-        self.accelerator = Accelerator(
-            mixed_precision="no", log_with=config.trackers or None, project_dir=str(config.run_dir), rng_types=[]
-        )
+        self.accelerator = Accelerator(mixed_precision="no", project_dir=str(config.run_dir), rng_types=[])
         self._traffic = TrafficCounter()
 
     def place(
