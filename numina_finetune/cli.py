@@ -152,9 +152,8 @@ def _checked_training(options: SpotOptions, words: list[str]) -> tuple[SpotOptio
         faults.append(
             f"--output-dir {options.output_dir} is of this computer: give gs://bucket/prefix, which the workers see too"
         )
-    train: Any = typer.main.get_command(app)
     try:
-        given = train.commands[DEFAULT_COMMAND].make_context(DEFAULT_COMMAND, list(words), **_CONTEXT).params
+        given = _training_options(words)
         config = resolve_config(given.pop("config"), given, faults)
     except TyperException as error:
         return options, [*faults, f"after --: {error.format_message()}"]
@@ -163,6 +162,19 @@ def _checked_training(options: SpotOptions, words: list[str]) -> tuple[SpotOptio
     config = replace(config, output_dir=options.output_dir or ".", run_id=options.run_id or None)
     named = replace(options, run_id=config.resolved_run_id)
     return named, [*faults, *training_faults(config, in_image=bool(options.docker_image))]
+
+
+def _training_options(words: Sequence[str]) -> dict[str, Any]:
+    """The options of a training by name, None where one is not given.
+
+    Raises:
+        TyperException: an option that does not exist, or a value of the wrong type.
+    """
+    train: Any = typer.main.get_command(app)
+    given: dict[str, Any] = (
+        train.commands[DEFAULT_COMMAND].make_context(DEFAULT_COMMAND, list(words), **_CONTEXT).params
+    )
+    return given
 
 
 def _plan(
@@ -264,6 +276,45 @@ def export(
     from numina_finetune.export_command import run_export
 
     return int(run_export(run, step, output, dtype, lora_export))
+
+
+@app.command()
+def report(
+    run: _Run,
+    output: Annotated[str | None, typer.Option(help="The page; report.html in the run's folder if unset.")] = None,
+) -> int:
+    """Write one HTML page on a run: curves over all its lives, speed, checkpoints, data, evaluations, outcomes."""
+    launch.prepare_environment("native")
+    from numina_finetune.run_report.command import run_report
+
+    return int(run_report(run, output))
+
+
+@app.command(context_settings={**_CONTEXT, "ignore_unknown_options": True, "allow_extra_args": True})
+def sweep(
+    ctx: typer.Context,
+    lrs: Annotated[str, typer.Option(help="Learning rates: 1e-5,3e-5, or LOW:HIGH:COUNT, evenly spaced in log.")],
+    parallel: Annotated[
+        int, typer.Option(help="Trials at a time; how they share cores or GPUs is for you to arrange.")
+    ] = 1,
+    diverge_factor: Annotated[
+        float, typer.Option(help="Stop a trial whose loss stays above so many times its best; 0 = never.")
+    ] = 2.0,
+    diverge_steps: Annotated[int, typer.Option(help="For so many steps in a row.")] = 20,
+) -> int:
+    """Train at several learning rates and rank them; every other option goes to train. Given again, it goes on."""
+    from numina_finetune.sweep.command import SweepOptions, passed_faults, run_sweep
+    from numina_finetune.sweep.divergence import Criteria
+
+    words, faults = list(ctx.args), list[str]()
+    given = _training_options(words)
+    faults += passed_faults(given)
+    try:
+        base = resolve_config(given.pop("config"), given, faults)
+    except ConfigError as error:
+        raise ConfigError(dict.fromkeys([*faults, *error.problems])) from error
+    options = SweepOptions(lrs, parallel, Criteria(diverge_factor, diverge_steps))
+    return int(run_sweep(options, base, words, faults))
 
 
 @app.command()

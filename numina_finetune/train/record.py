@@ -94,7 +94,9 @@ def _run_faults(config: RunConfig) -> list[str]:
     place, own = config.output_dir, open_store(config.run_url)
     record = read_record(own)
     if record is not None:
-        differences = _differences(record["identity"], config.identity(), data_may_change=config.allow_data_change)
+        differences = setting_differences(
+            record["identity"], config.identity(), data_may_change=config.allow_data_change
+        )
         return [
             f"--output-dir {place} holds run {config.resolved_run_id} with {name} {old!r}, this command has {new!r}: "
             "restore it to resume, or give another --run-id or --output-dir"
@@ -107,7 +109,7 @@ def _run_faults(config: RunConfig) -> list[str]:
     for other in open_store(place).folders():
         theirs = read_record(open_store(f"{place.rstrip('/')}/{other}"))
         if theirs is not None:
-            differences = _differences(theirs["identity"], config.identity())
+            differences = setting_differences(theirs["identity"], config.identity())
             told = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences)
             return [
                 f"--output-dir {place} holds the checkpoints of another run, {other} ({told}): restore its "
@@ -206,9 +208,10 @@ def facts_of(
     }
 
 
-def _differences(
+def setting_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, data_may_change: bool = False
 ) -> list[tuple[str, Any, Any]]:
+    """Option, old value and new value, of two runs' identities."""
     free = {"datasets", *(f.name for f in fields(RunConfig) if f.metadata.get("group") == "Data")}
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     names = [name for name in names if not (data_may_change and name in free)]

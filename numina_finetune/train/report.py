@@ -158,7 +158,8 @@ def _keep_records_up_to(path: Path, step: int, life: int) -> list[Record]:
     """
     if not path.is_file():
         return []
-    kept, dropped = [], []
+    kept: list[str] = []
+    dropped: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)

@@ -1,8 +1,8 @@
-"""Trackers (wandb, TensorBoard), through Accelerate: one run of theirs for all lives of ours, never a reason to die.
+"""Trackers (wandb, TensorBoard), through Accelerate: one run of theirs for all lives of ours; no reason to die.
 
-- **One run.** wandb's id follows from the run's place and its first life's start, so every life continues the same run
-  (``resume="allow"``), and a run that was deleted and begun anew is another one. TensorBoard's files of all lives lie in
-  one folder; each life tells readers to forget what an earlier one wrote of the steps that are made again.
+- **One run.** wandb's id follows from the run's place and the start of its first life: every life continues it
+  (``resume="allow"``), and a run that was deleted and begun anew is another. TensorBoard's files of all lives lie in one
+  folder; each life tells readers to forget what an earlier one wrote of the steps that are made again.
 - **Steps never go backwards.** What wandb already has of the steps that a resumed life makes again stays as it is: on
   the same mesh the new values are the same, bit for bit. The life is heard again from the first step that wandb lacks.
 - **Faults.** A tracker that cannot start or log is given up with one warning; ``metrics.jsonl`` has everything.

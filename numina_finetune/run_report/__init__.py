@@ -1,0 +1,1 @@
+"""A run, all its lives, on one page."""

@@ -1,0 +1,1 @@
+"""One training tried at several learning rates: planned, run, watched, ranked."""
