@@ -1,8 +1,8 @@
 """Trackers (wandb, TensorBoard), through Accelerate: one run of theirs for all lives of ours; no reason to die.
 
 - **One run.** wandb's id follows from the run's place and the start of its first life: every life continues it
-  (``resume="allow"``), and a run that was deleted and begun anew is another. TensorBoard's files of all lives lie in one
-  folder; each life tells readers to forget what an earlier one wrote of the steps that are made again.
+  (``resume="allow"``), and a run that was deleted and begun anew is another. TensorBoard's files of all lives lie in
+  one folder; each life tells readers to forget what an earlier one wrote of the steps that are made again.
 - **Steps never go backwards.** What wandb already has of the steps that a resumed life makes again stays as it is: on
   the same mesh the new values are the same, bit for bit. The life is heard again from the first step that wandb lacks.
 - **Faults.** A tracker that cannot start or log is given up with one warning; ``metrics.jsonl`` has everything.
@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,8 +164,10 @@ class _Wandb(_Tolerant):
         group = {"group": config.tracker_group} if config.tracker_group else {}
         folder = {} if os.environ.get("WANDB_DIR") else {"dir": str(life.folder)}
         project = config.tracker_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
-        name = config.resolved_run_id
-        super().__init__(WandBTracker(project, id=life.run_key, name=name, resume="allow", **group, **folder), life)
+        # wandb notes the command line by itself, with whatever stands in it.
+        quiet = {"settings": {"x_disable_meta": True}} if redacted(sys.argv) != sys.argv else {}
+        options = {"id": life.run_key, "name": config.resolved_run_id, "resume": "allow", **group, **folder, **quiet}
+        super().__init__(WandBTracker(project, **options), life)
         self._first = 0
 
     def _start(self) -> None:
