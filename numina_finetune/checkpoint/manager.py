@@ -88,6 +88,12 @@ class CheckpointManager:
         """Whether a save is on its way."""
         return self._flight is not None and not self._flight.wait(0)
 
+    @property
+    def newest_committed(self) -> int | None:
+        """As ``committed_step``, but on process 0 known the moment it happens: not the same on all processes."""
+        flight = self._flight
+        return flight.save.step if flight is not None and flight.committed else self.committed_step
+
     def save(self, step: int, *, wait: bool = False) -> bool:
         """Begin to save the present state, after the save before has ended. Collective.
 

@@ -15,6 +15,9 @@ from numina_finetune.train.metrics import Metrics, kept_seconds, life_of, parse_
 from numina_finetune.train.place import DATA_REPORT, METRICS
 from numina_finetune.train.record import RECORD
 
+NO_OUTCOME = "no outcome"
+"""Of a life that was killed, or is running."""
+
 
 @dataclass(frozen=True)
 class LifeAccount:
@@ -26,7 +29,7 @@ class LifeAccount:
     ended: float | None
     """Unix time: of its outcome, or, where it left none, of the last it is known to have done."""
     kind: str
-    """As in ``outcome.json``; ``no outcome`` where it was killed or is running."""
+    """As in ``outcome.json``, or `NO_OUTCOME`."""
     reason: str
     host: str
     first_step: int | None
@@ -91,14 +94,12 @@ def gather(store: Store) -> RunAccount:
     lives = [_life(store, number, metrics) for number in attempt_numbers(store)]
     if not lives:
         missing.append(f"{ATTEMPTS}/ is not there: nothing is known of the run's lives")
-    missing += [f"life {life.number} left no outcome: it was killed, or is running" for life in lives if _open(life)]
+    missing += [
+        f"life {life.number} left no outcome: it was killed, or is running" for life in lives if life.kind == NO_OUTCOME
+    ]
     if metrics.steps and not metrics.checkpoints:
         missing.append("no checkpoint is on record yet: a life that ends now begins again")
     return RunAccount(store.url, record, metrics, data, lives, missing)
-
-
-def _open(life: LifeAccount) -> bool:
-    return life.kind == "no outcome"
 
 
 def _yaml(store: Store, missing: list[str]) -> dict[str, Any]:
@@ -116,7 +117,8 @@ def _yaml(store: Store, missing: list[str]) -> dict[str, Any]:
 
 def _metrics(store: Store, missing: list[str]) -> Metrics:
     try:
-        metrics = parse_metrics(store.read(METRICS, start=0).decode(errors="replace"))  # in part: it may be growing
+        # As a part, since it may be growing: no checksum would hold.
+        metrics = parse_metrics(store.read(METRICS, start=0).decode(errors="replace"))
     except NotFound:
         missing.append(f"{METRICS} is not there: no step is on record")
         return Metrics()
@@ -147,7 +149,7 @@ def _life(store: Store, number: int, metrics: Metrics) -> LifeAccount:
         number=number,
         began=begun.get("time"),
         ended=said.get("time", seen),
-        kind=said.get("kind", "no outcome"),
+        kind=said.get("kind", NO_OUTCOME),
         reason=said.get("reason", ""),
         host=said.get("host") or begun.get("host") or "",
         first_step=int(steps[0]["step"]) if steps else None,

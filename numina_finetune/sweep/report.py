@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from numina_finetune.sweep.standing import Ranking, Standing, ranking, read_metrics
+from numina_finetune.run_report.gather import gather
+from numina_finetune.sweep.standing import Ranking, Standing, ranking
 from numina_finetune.sweep.trials import Trial
 from numina_finetune.train.plots import smooth
 
@@ -92,7 +93,7 @@ def draw(trials: Sequence[Trial], standings: Sequence[Standing]) -> bytes:
     ranked = ranking(standings)
     _draw_against(against, standings, ranked, colors)
     for trial, standing in zip(trials, standings, strict=True):
-        steps = read_metrics(trial.store).steps
+        steps = gather(trial.store).metrics.steps
         if steps:
             losses = np.array([float(record["loss"]) for record in steps])
             label = f"{trial.rate:g}" + ("" if standing.outcome == "done" else f" ({standing.outcome})")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from numina_finetune.checkpoint.attempts import ATTEMPTS, OUTCOME, STARTED, attempt_numbers
-from numina_finetune.storage import NotFound, Store
+from numina_finetune.run_report.gather import NO_OUTCOME, LifeAccount, gather
+from numina_finetune.storage import NotFound
 from numina_finetune.sweep.divergence import Divergence
 from numina_finetune.sweep.trials import Trial
-from numina_finetune.train.metrics import Metrics, parse_metrics
-from numina_finetune.train.place import METRICS
+from numina_finetune.train.metrics import Metrics
 
 DIVERGED = "diverged.json"
 """In the run's folder: why the sweep gave the trial up, and of which settings."""
@@ -39,7 +37,7 @@ class Standing:
     eval_loss: float | None
     eval_accuracy: float | None
     seconds: float
-    """Of all its lives that left an outcome, from their start to their end."""
+    """Of all its lives, from their start to their end, as far as that is known of a life that was killed."""
 
     @property
     def finished(self) -> bool:
@@ -65,13 +63,9 @@ class Ranking:
 
 def standing_of(trial: Trial) -> Standing:
     """Look into the trial's folder."""
-    store = trial.store
-    lives = [(_json(store, n, STARTED), _json(store, n, OUTCOME)) for n in attempt_numbers(store)]
-    metrics = read_metrics(store)
-    last = lives[-1][1] if lives else None
-    given_up = _given_up(trial)
-    outcome, reason = _outcome(lives, last, given_up)
-    ends = [(begun["time"], ended["time"]) for begun, ended in lives if begun and ended]
+    run = gather(trial.store)
+    metrics, given_up = run.metrics, _given_up(trial)
+    outcome, reason = _outcome(run.lives, given_up)
     tail = metrics.steps[-max(1, round(LAST_PART * len(metrics.steps))) :]
     return Standing(
         rate=trial.rate,
@@ -83,7 +77,7 @@ def standing_of(trial: Trial) -> Standing:
         loss=_finite(math.fsum(record["loss"] for record in tail) / len(tail)) if tail else None,
         eval_loss=_last(metrics, "eval_loss"),
         eval_accuracy=_last(metrics, "eval_accuracy"),
-        seconds=round(sum(end - begin for begin, end in ends), 1),
+        seconds=round(sum(life.wall or 0.0 for life in run.lives), 1),
     )
 
 
@@ -106,27 +100,17 @@ def ranking(standings: Sequence[Standing]) -> Ranking:
     return Ranking(by, sorted(done, key=keys[by]))
 
 
-def read_metrics(store: Store) -> Metrics:
-    """The trial's records; none where it has not begun."""
-    try:
-        return parse_metrics(store.read(METRICS, start=0).decode(errors="replace"))  # as a part: it may be growing
-    except NotFound:
-        return Metrics()
-
-
-def _outcome(
-    lives: Sequence[Any], last: Mapping[str, Any] | None, given_up: Divergence | None
-) -> tuple[str, str | None]:
-    if last and last["kind"] == "done":
+def _outcome(lives: Sequence[LifeAccount], given_up: Divergence | None) -> tuple[str, str | None]:
+    """Of the whole trial, and why it is not done."""
+    last = lives[-1] if lives else None
+    if last and last.kind == "done":
         return "done", None
     if given_up:
         return "diverged", given_up.reason
-    if not lives:
-        return "not run", None
     if last is None:
-        return "unfinished", "killed, or still running"
-    kind = {"preempted": "unfinished", "stopped": "unfinished"}.get(last["kind"], str(last["kind"]))
-    return kind, str(last["reason"])
+        return "not run", None
+    kind = {"preempted": "unfinished", "stopped": "unfinished", NO_OUTCOME: "unfinished"}.get(last.kind, last.kind)
+    return kind, last.reason or "killed, or still running"
 
 
 def _given_up(trial: Trial) -> Divergence | None:
@@ -135,14 +119,6 @@ def _given_up(trial: Trial) -> Divergence | None:
     except NotFound:
         return None
     return Divergence(int(said["step"]), said["reason"]) if said["settings"] == trial.settings else None
-
-
-def _json(store: Store, life: int, name: str) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = json.loads(store.read(f"{ATTEMPTS}/{life}/{name}"))
-    except NotFound:
-        return None
-    return value
 
 
 def _last(metrics: Metrics, name: str) -> float | None:

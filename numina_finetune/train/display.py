@@ -36,15 +36,15 @@ class Display:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 self._moved.append((handler, handler.setStream(sys.stdout)))
 
-    def advance(self) -> None:
-        """One optimizer step was dispatched."""
+    def advance(self, saved: int | None) -> None:
+        """One optimizer step was dispatched; ``saved``: the step of the newest checkpoint."""
         self._step += 1
+        if saved is not None and (self._saved is None or self._saved[0] != saved):
+            self._saved = saved, time.monotonic()
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Take over what a record of ``metrics.jsonl`` says."""
         self._figures |= record
-        if "checkpoint" in record:
-            self._saved = record["step"], time.monotonic()
         if "seconds_per_step" in record:
             self._end = time.monotonic() + record["seconds_per_step"] * (self._total - record["step"])
 

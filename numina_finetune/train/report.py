@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,15 +36,21 @@ class Report:
         total_steps: int,
         active: bool,
         began: float,
+        committed: Callable[[], int | None],
         flops: TokenFlops,
         chips: Chips,
     ) -> None:
-        """``began``: when this life did, by the monotonic clock."""
+        """The account of one life.
+
+        Args:
+            began: when it did, by the monotonic clock.
+            committed: tells the step of the newest checkpoint.
+        """
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
         self._active = active
         self._flops, self._chips = flops, chips
-        self._began, self._since = began, time.monotonic()
+        self._began, self._since, self._committed = began, time.monotonic(), committed
         self._step_seconds: list[float] = []
         self._display = Display(step, total_steps) if active and sys.stdout.isatty() else None
         if active and (lost := _keep_records_up_to(self._path, step, life)):
@@ -53,7 +59,7 @@ class Report:
     def advance(self) -> None:
         """One optimizer step was dispatched."""
         if self._display:
-            self._display.advance()
+            self._display.advance(self._committed())
 
     def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float], spent: Seconds) -> None:
         """Record the steps since the last log line; they have just been read, so the clock is true.

@@ -219,6 +219,7 @@ class _Life:
             total_steps=plan.total_steps,
             active=first,
             began=self.began,
+            committed=lambda: checkpoints.newest_committed,
             flops=flops,
             chips=backend.chips,
         )

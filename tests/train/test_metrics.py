@@ -68,8 +68,7 @@ def test_a_resumed_life_keeps_what_the_checkpoint_has_and_counts_the_rest_as_los
 def test_the_display_shows_the_newest_figures_below_the_lines() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     display = Display(20, 100, console)
-    display.show({"step": 20, "checkpoint": {}})
-    display.advance()
+    display.advance(20)
     display.show({"step": 21, "loss": 1.25, "learning_rate": 2e-5, "tokens_per_second": 1234.5, "seconds_per_step": 2})
     display.show({"step": 21, "eval_accuracy": 0.5, "eval_accuracy_lower": 0.4, "eval_accuracy_upper": 0.6})
     display.goodput = 0.875
