@@ -91,6 +91,8 @@ def test_only_storage_knows_google_cloud() -> None:
         ("checkpoint", own("train", "models", "xla", "torch_native", "cli")),
         ("spot", ["torch", "accelerate", *own("train", "models", "xla", "torch_native", "evaluation", "cli")]),
         ("evaluation", own("xla", "torch_native", "cli")),
+        ("run_report", own("xla", "torch_native", "evaluation", "sweep", "cli")),
+        ("sweep", own("xla", "torch_native", "evaluation", "cli")),
         ("plan", own("xla", "torch_native", "evaluation", "checkpoint", "cli")),
         ("doctor", own("xla", "torch_native", "train", "checkpoint", "evaluation", "cli")),
         ("xla", own("torch_native", "cli")),
@@ -117,6 +119,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
     rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot", "plan")
+    rooms += own("run_report", "sweep")
     assert offenders([PACKAGE / name], *rooms) == []
 
 

@@ -111,6 +111,11 @@ def test_a_loss_that_stays_far_above_its_best_is_diverging() -> None:
     assert divergence(steps(*falling, *[12.0] * 60), Criteria(5.0, 20)) is None
 
 
+def test_a_loss_that_leaps_at_once_is_measured_by_where_it_began() -> None:
+    found = divergence(steps(6.0, *[40.0] * 30), Criteria(2.0, 20))
+    assert found is not None and found.step == 21
+
+
 def test_a_spike_is_not_diverging_nor_is_a_small_loss_that_doubles() -> None:
     assert divergence(steps(*[3.0] * 40, *[20.0] * 10, *[3.0] * 40), Criteria(2.0, 20)) is None
     assert divergence(steps(*[0.1] * 40, *[0.1 + 0.9 * MARGIN] * 60), Criteria(2.0, 20)) is None
@@ -167,7 +172,7 @@ def test_the_best_rate_at_the_edge_is_said(losses: dict[float, float], advice: s
 
 # --- real ones --------------------------------------------------------------------------------------------------------
 
-RATES = (1e-3, 3e-3, 1e3)
+RATES = (1e-3, 3e-3, 1.0)
 
 
 class Bench:
@@ -238,9 +243,9 @@ def test_a_finished_trial_is_not_run_again_and_an_interrupted_one_goes_on(swept:
 
 def test_a_diverging_trial_is_stopped_early_and_recorded(swept: tuple[Bench, str]) -> None:
     bench, _ = swept
-    (trial,) = [trial for trial in bench.results["trials"] if trial["rate"] == 1e3]
+    (trial,) = [trial for trial in bench.results["trials"] if trial["rate"] == 1.0]
     assert trial["outcome"] == "diverged" and 5 <= trial["step"] < 80
-    (life,) = bench.lives(1e3)
+    (life,) = bench.lives(1.0)
     assert life is not None and life["kind"] != "done"
 
 
@@ -275,14 +280,16 @@ def test_other_settings_in_the_same_folder_are_refused(swept: tuple[Bench, str])
     assert "holds a sweep with --max-steps 80, this one has 81" in output
 
 
-def test_a_notice_reaches_the_trial_which_saves_and_the_sweep_says_preempted(tmp_path: Path) -> None:
+def test_a_notice_reaches_trials_side_by_side_which_save_and_the_sweep_says_preempted(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "out")
+    bench.words += ["--parallel", "2", "--max-steps", "4000"]
     sweep = bench.start()
-    metrics = bench.folder / "lr-0.001" / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and '"loss"' in metrics.read_text("utf-8"), sweep)
+    metrics = [bench.folder / f"lr-{rate!r}" / "metrics.jsonl" for rate in RATES[:2]]
+    wait_until(lambda: all(path.is_file() and '"loss"' in path.read_text("utf-8") for path in metrics), sweep)
     sweep.terminate()
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 42, output
-    (life,) = bench.lives(1e-3)
-    assert life is not None and life["kind"] == "preempted" and life["saved_step"] == life["step"] > 0
-    assert [trial["outcome"] for trial in bench.results["trials"]] == ["unfinished", "not run", "not run"]
+    for rate in RATES[:2]:
+        (life,) = bench.lives(rate)
+        assert life is not None and life["kind"] == "preempted" and life["saved_step"] == life["step"] > 0
+    assert [trial["outcome"] for trial in bench.results["trials"]] == ["unfinished", "unfinished", "not run"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ def divergence(records: Sequence[Record], criteria: Criteria) -> Divergence | No
     found = []
     if (place := _first_run(skipped, NONFINITE_STEPS)) is not None:
         found.append((place, f"{NONFINITE_STEPS} steps in a row had a non-finite loss or gradient"))
-    averaged = _averaged(np.where(np.isfinite(losses), losses, np.nan))
+    averaged = _averaged(losses)
     best = np.fmin.accumulate(averaged) if len(averaged) else averaged
     above = (averaged > criteria.factor * best) & (averaged > best + MARGIN)
     if criteria.factor and (place := _first_run(above, criteria.steps)) is not None:
@@ -64,13 +63,13 @@ def divergence(records: Sequence[Record], criteria: Criteria) -> Divergence | No
 
 
 def _averaged(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the finite ones among the last `WINDOW`, NaN before there are so many. ``[steps] -> [steps]``."""
-    averaged = np.full(len(losses), math.nan)
-    for end in range(WINDOW, len(losses) + 1):
-        window = losses[end - WINDOW : end]
-        if np.isfinite(window).any():
-            averaged[end - 1] = np.nanmean(window)
-    return averaged
+    """Mean of the finite ones among the last `WINDOW`; the first one stands for the start. ``[steps] -> [steps]``."""
+    finite = np.isfinite(losses)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(finite, losses, 0.0), finite))
+    ends = np.arange(1, len(losses) + 1)
+    begins = np.maximum(ends - WINDOW, 0)
+    number = counts[ends] - counts[begins]
+    return np.where(number > 0, (sums[ends] - sums[begins]) / np.maximum(number, 1), np.nan)
 
 
 def _first_run(flags: NDArray[np.bool_], length: int) -> int | None:
