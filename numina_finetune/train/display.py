@@ -39,12 +39,13 @@ class Display:
     def advance(self, saved: int | None) -> None:
         """One optimizer step was dispatched; ``saved``: the step of the newest checkpoint."""
         self._step += 1
-        if saved is not None and (self._saved is None or self._saved[0] != saved):
-            self._saved = saved, time.monotonic()
+        self._note_checkpoint(saved)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Take over what a record of ``metrics.jsonl`` says."""
         self._figures |= record
+        if "checkpoint" in record:
+            self._note_checkpoint(record["step"])
         if "seconds_per_step" in record:
             self._end = time.monotonic() + record["seconds_per_step"] * (self._total - record["step"])
 
@@ -54,6 +55,10 @@ class Display:
         for handler, stream in self._moved:
             handler.setStream(stream)
         self._moved.clear()
+
+    def _note_checkpoint(self, step: int | None) -> None:
+        if step is not None and (self._saved is None or self._saved[0] < step):
+            self._saved = step, time.monotonic()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         head = Table.grid(padding=(0, 1))

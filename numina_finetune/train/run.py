@@ -243,7 +243,7 @@ class _Life:
             checkpoints.close()
             report.close()
             self.place.publish_folder(PROFILE)
-            close_trackers(backend.accelerator)
+            close_trackers(backend.accelerator, self.notice.remaining())
             self.place.publish_folder(TENSORBOARD)
 
     def _start_trackers(self, data: Data) -> None:

@@ -37,7 +37,7 @@ TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's files in the run's folder."""
 DEFAULT_PROJECT = "numina_finetune"
 CLOSING_SECONDS = 30.0
-"""How long a tracker may take to send its last values; a machine that is about to go does not wait for a network."""
+"""How long a tracker may take to send its last values, where no machine is about to go."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,19 @@ def start_trackers(accelerator: Accelerator, life: TrackedLife) -> None:
     accelerator.init_trackers(DEFAULT_PROJECT)
 
 
-def close_trackers(accelerator: Accelerator) -> None:
-    """Send what is left. The processes' group, which ``end_training`` would destroy, is needed for the export."""
+def close_trackers(accelerator: Accelerator, left: float | None) -> None:
+    """Send what is left. The processes' group, which ``end_training`` would destroy, is needed for the export.
+
+    Args:
+        left: seconds until the machine goes; None where it does not. What comes after has half of them.
+    """
+    patience = CLOSING_SECONDS if left is None else min(left / 2, CLOSING_SECONDS)
     for tracker in accelerator.trackers:
-        tracker.finish()
+        last = threading.Thread(target=tracker.finish, daemon=True, name="tracker-finish")
+        last.start()
+        last.join(patience)
+        if last.is_alive():
+            logger.warning("%s: still sending after %.0f s: left to itself", tracker.name, patience)
     accelerator.trackers.clear()
 
 
@@ -130,11 +139,7 @@ class _Tolerant(GeneralTracker):  # type: ignore[misc]
         self._attempt(lambda: self._log(values, step))
 
     def finish(self) -> None:
-        last = threading.Thread(target=lambda: self._attempt(self._inner.finish), daemon=True, name="tracker-finish")
-        last.start()
-        last.join(CLOSING_SECONDS)
-        if last.is_alive():
-            logger.warning("%s: still sending after %.0f s: left to itself", self.name, CLOSING_SECONDS)
+        self._attempt(self._inner.finish)
 
     def _start(self) -> None:
         self._inner.start()
