@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 LOCK = "sweep.lock"
 LOCK_PATIENCE = 60.0
 """Seconds that the trials of a killed sweep may take to save."""
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 TOLD_EVERY = 30.0
 """Seconds between two lines about a running trial."""
 STOP_PATIENCE = 120.0
