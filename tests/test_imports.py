@@ -123,11 +123,21 @@ def test_the_ground_floor_imports_no_room(name: str) -> None:
     assert offenders([PACKAGE / name], *rooms) == []
 
 
-def test_the_command_line_answers_before_it_loads_a_device_library() -> None:
-    script = "import json, sys, numina_finetune.cli; print(json.dumps(sorted(sys.modules)))"
+def loaded_by(module: str) -> set[str]:
+    """All modules that a new process has loaded once it has imported ``module``."""
+    script = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
     )
     loaded = set(json.loads(result.stdout))
-    assert "numina_finetune.cli" in loaded
+    assert module in loaded
+    return loaded
+
+
+def test_the_command_line_answers_before_it_loads_a_device_library() -> None:
+    loaded = loaded_by("numina_finetune.cli")
     assert not loaded & {"torch_xla", "accelerate", "transformers", "torch", "datasets"}
+
+
+def test_a_sweep_leaves_the_devices_to_its_trials() -> None:
+    assert not loaded_by("numina_finetune.sweep.command") & {"torch_xla", "accelerate", "transformers"}

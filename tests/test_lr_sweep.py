@@ -194,7 +194,7 @@ class Bench:
 
     def run(self) -> tuple[int, str]:
         sweep = self.start()
-        output, _ = sweep.communicate(timeout=300)
+        output, _ = sweep.communicate(timeout=900)
         return sweep.returncode, output
 
     def lives(self, rate: float) -> list[dict[str, Any] | None]:
@@ -290,7 +290,7 @@ def test_a_notice_reaches_trials_side_by_side_which_save_and_the_sweep_says_pree
     metrics = [bench.folder / f"lr-{rate!r}" / "metrics.jsonl" for rate in RATES[:2]]
     wait_until(lambda: all(path.is_file() and '"loss"' in path.read_text("utf-8") for path in metrics), sweep)
     sweep.terminate()
-    output, _ = sweep.communicate(timeout=120)
+    output, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 42, output
     for rate in RATES[:2]:
         (life,) = bench.lives(rate)
