@@ -27,13 +27,20 @@ _OWN = kernel.NEW_USER | kernel.NEW_MOUNT | kernel.NEW_IPC | kernel.NEW_PID
 
 
 def probe(wanted: frozenset[str]) -> dict[str, str | None]:
-    """Which of the layers this machine has: None for those, what it refused for the others."""
+    """Which of the layers this machine has: None for those, what it refused for the others.
+
+    Raises:
+        OSError: sandboxes could not read Python's own files.
+    """
     attempts: dict[str, Callable[[], None]] = {
         NAMESPACES: _try_namespaces,
         SECCOMP: _try_seccomp,
         LANDLOCK: _try_landlock,
     }
-    return {name: _attempt(attempt) if name in wanted else "switched off" for name, attempt in attempts.items()}
+    found = {name: _attempt(attempt) if name in wanted else "switched off" for name, attempt in attempts.items()}
+    if found[NAMESPACES] is not None and (fault := _attempt(_try_reading)):
+        raise OSError(fault)
+    return found
 
 
 def confine_keeper(*, namespaces: bool) -> None:
@@ -127,6 +134,20 @@ def _attempt(attempt: Callable[[], None]) -> str | None:
 def _try_namespaces() -> None:
     confine_keeper(namespaces=True)
     confine_warden({"disk": 1 << 20, "files": 16}, namespaces=True)
+    _check_reading()
+
+
+def _try_reading() -> None:
+    _become_nobody()
+    _check_reading()
+
+
+def _check_reading() -> None:
+    library = Path(os.__file__).parent
+    if not os.access(library, os.R_OK | os.X_OK):
+        raise OSError(
+            f"{library} cannot be read by user {os.getuid()}: use a Python in an open folder, or do not be root"
+        )
 
 
 def _try_seccomp() -> None:
