@@ -3,8 +3,8 @@
     python benchmarks/tir_sandbox.py ../shared/data/tir/*.jsonl --out disagreements.jsonl
     python benchmarks/tir_sandbox.py --startup
 
-A block agrees if its output is the recorded one but for white space. Disagreements are sorted into kinds by what
-differs; ``--out`` writes them all, to be read.
+A block agrees if its output is the recorded one but for white space. Disagreements are sorted by what differs;
+``--out`` writes them all, to be read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from numina_finetune.evaluation.sandbox import Limits, Sandbox
-from tests.evaluation.tir_rows import Comparison, compare, read_rows
-
-LIMITS = Limits(output_chars=None)
+from numina_finetune.evaluation.sandbox import Sandbox
+from tests.evaluation.tir_rows import LIMITS, Comparison, compare, read_rows
 
 
 def main() -> None:
@@ -39,7 +36,7 @@ def main() -> None:
     for file in arguments.files:
         begin = time.monotonic()
         with ThreadPoolExecutor(arguments.workers) as pool:
-            blocks = [block for row in pool.map(lambda row: compare(row, LIMITS), read_rows(file)) for block in row]
+            blocks = [block for row in pool.map(compare, read_rows(file)) for block in row]
         print(f"{file.name}: {figures(blocks)}; {time.monotonic() - begin:.0f} s")
         found += [{"file": file.name} | block._asdict() for block in blocks if block.kind != "same"]
     if arguments.out:
@@ -53,7 +50,7 @@ def figures(blocks: Iterable[Comparison]) -> str:
 
 def time_startup(problems: int = 50) -> None:
     """Print milliseconds for a problem: a new sandbox, ``import sympy``, and its end."""
-    with Sandbox(replace(LIMITS)) as sandbox:
+    with Sandbox(LIMITS) as sandbox:
         sandbox.run("1")
     begin = time.monotonic()
     for _ in range(problems):

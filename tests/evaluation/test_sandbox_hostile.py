@@ -13,22 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from numina_finetune.errors import ConfigError
-from numina_finetune.evaluation.sandbox import Limits, Minimum, Sandbox, protections
-from numina_finetune.evaluation.sandbox.sandbox import LAYERS
+from numina_finetune.evaluation.sandbox import Limits, Minimum, Sandbox
 from tests.conftest import ROOT, environment
 from tests.evaluation.hostile import PREAMBLE, PROGRAMS
+from tests.evaluation.tiers import TIERS, ordinary_user, usable
 
-TIERS = {
-    Minimum.ISOLATED: LAYERS,
-    Minimum.FILTERED: frozenset({"seccomp", "landlock"}),
-    Minimum.NONE: frozenset[str](),
-}
 LIMITS = Limits(
     wall_seconds=1.5,
     cpu_seconds=5,
@@ -149,23 +142,6 @@ def left(processes: set[int]) -> set[int]:
     return processes & set(parents())
 
 
-@cache
-def missing(tier: Minimum) -> str:
-    """What this machine lacks of a tier's layers; empty if nothing."""
-    try:
-        found = protections(TIERS[tier])
-    except ConfigError as error:
-        return str(error)
-    return ", ".join(f"{name}: {found[name]}" for name in TIERS[tier] if found[name])
-
-
-def usable(tier: Minimum) -> frozenset[str]:
-    """The layers of a tier; skips the test where this machine does not have them."""
-    if lacks := missing(tier):
-        pytest.skip(f"this machine does not protect so: {lacks}")
-    return TIERS[tier]
-
-
 @pytest.mark.parametrize(("tier", "name"), CASES)
 def test_hostile_program_gets_nothing_and_leaves_nothing(tier: Minimum, name: str, host: Host) -> None:
     program = PROGRAMS[name]
@@ -211,3 +187,14 @@ def test_everything_ends_when_the_host_is_killed() -> None:
     process.kill()
     process.wait()
     assert left(started) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests have run as an ordinary user already")
+def test_the_same_holds_for_an_ordinary_user() -> None:
+    usable(Minimum.ISOLATED)
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    result = subprocess.run(
+        ordinary_user(command), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout

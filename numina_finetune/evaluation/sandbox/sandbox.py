@@ -238,17 +238,17 @@ class Sandbox:
         return connection
 
 
-def run_all(rounds: Sequence[tuple[Sandbox, str]], workers: int | None = None) -> list[Execution]:
+def run_all(work: Sequence[tuple[Sandbox, Sequence[str]]], workers: int | None = None) -> list[list[Execution]]:
     """Run code in many sandboxes side by side.
 
     Args:
-        rounds: sandboxes, each at most once, and their code.
-        workers: rounds that run at a time; None = one for each processor, so that none waits while its time runs.
+        work: sandboxes, each at most once, and the rounds that each is to run, one after the other.
+        workers: sandboxes that run at a time; None = one for each processor, so that none waits while its time runs.
     """
-    if not rounds:
+    if not work:
         return []
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda one: one[0].run(one[1]), rounds))
+        return list(pool.map(lambda one: [one[0].run(code) for code in one[1]], work))
 
 
 def _execution(answer: dict[str, Any], limit: int | None) -> Execution:

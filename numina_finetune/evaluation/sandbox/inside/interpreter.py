@@ -38,7 +38,7 @@ def serve() -> NoReturn:
     _repeatable()
     write(VERDICTS, READY)
     number = 0
-    while code := _command(read):
+    while (code := _command(read)) is not None:
         number += 1
         verdict = run(code, f"<cell {number}>", module.__dict__)
         for stream in (sys.stdout, sys.stderr):
