@@ -91,7 +91,8 @@ def solve_with_tools(
     require(limits.minimum)
     layout = renderer(tokenizer, chat)
     reader = TurnReader(tokenizer, layout.family.name, tools=style == "tool_calls")
-    problems = [_STYLES[style](talk, layout, reader, Sandbox(limits), max_rounds) for talk in conversations]
+    setting = _Setting(layout, reader, max_rounds)
+    problems = [_STYLES[style](talk, Sandbox(limits), setting) for talk in conversations]
     waiting, working = list(reversed(problems)), list[_Problem]()
     with ExitStack() as stack:
         for problem in problems:
@@ -114,22 +115,29 @@ class Request(NamedTuple):
     refusal: str = ""
 
 
+class _Setting(NamedTuple):
+    """What all problems share."""
+
+    layout: Renderer
+    reader: TurnReader
+    max_rounds: int
+
+
 class _Problem(ABC):
     """One conversation in the works."""
 
     ended: Ended | None = None
     """What ends a row besides stop tokens; that of any problem is that of all."""
 
-    def __init__(
-        self, talk: Conversation, layout: Renderer, reader: TurnReader, sandbox: Sandbox, max_rounds: int
-    ) -> None:
+    def __init__(self, talk: Conversation, sandbox: Sandbox, setting: _Setting) -> None:
         self.sandbox = sandbox
         self.stopped = ""
         self.begun = False
         """Whether the model has written anything."""
         self.requests: list[Request] = []
         """Of the last turn, and not answered yet."""
-        self._talk, self._layout, self._reader, self._max_rounds = talk, layout, reader, max_rounds
+        self._talk = talk
+        self._layout, self._reader, self._max_rounds = setting
         self._outcomes: list[str] = []
 
     @abstractmethod
@@ -179,10 +187,8 @@ class _Problem(ABC):
 class _Calls(_Problem):
     """Style ``tool_calls``."""
 
-    def __init__(
-        self, talk: Conversation, layout: Renderer, reader: TurnReader, sandbox: Sandbox, max_rounds: int
-    ) -> None:
-        super().__init__(talk, layout, reader, sandbox, max_rounds)
+    def __init__(self, talk: Conversation, sandbox: Sandbox, setting: _Setting) -> None:
+        super().__init__(talk, sandbox, setting)
         self._messages = list(talk.messages)
         self._open: list[str] = []  # ids of calls that are not answered
         self._calls = 0
@@ -215,10 +221,8 @@ class _Calls(_Problem):
 class _Text(_Problem):
     """Style ``text``."""
 
-    def __init__(
-        self, talk: Conversation, layout: Renderer, reader: TurnReader, sandbox: Sandbox, max_rounds: int
-    ) -> None:
-        super().__init__(talk, layout, reader, sandbox, max_rounds)
+    def __init__(self, talk: Conversation, sandbox: Sandbox, setting: _Setting) -> None:
+        super().__init__(talk, sandbox, setting)
         self._turn: Message = {"role": "assistant", "content": ""}
         self.ended = self._has_block
 

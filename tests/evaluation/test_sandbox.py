@@ -111,7 +111,7 @@ def test_a_round_over_its_time_loses_the_interpreter_and_says_so() -> None:
         sandbox.run("x = 1")
         late = sandbox.run("print('so far')\nwhile True: pass")
         assert late.outcome is Outcome.TIMEOUT
-        assert late.output == f"so far\nTimeoutError: it ran longer than 1 seconds. {RESTARTED}"
+        assert late.output == f"so far\nTimeoutError: it ran longer than 1 s. {RESTARTED}"
         assert "NameError" in sandbox.run("x").output
 
 

@@ -44,7 +44,7 @@ class Limits:
     """Of processor time, of all rounds."""
     memory: int = 1 << 30
     """Bytes of address space, beyond what the interpreter itself has."""
-    disk: int = 64 << 20
+    disk: int = 16 << 20
     """Bytes in the private folder, and of one file."""
     files: int = 1024
     """Files and folders in it."""

@@ -122,25 +122,28 @@ class Keeper:
         return found
 
 
-_keepers: dict[frozenset[str], Keeper] = {}
+_keepers: dict[tuple[int, frozenset[str]], Keeper] = {}
+"""By process, for a fork inherits its parent's, and layers."""
 _keepers_lock = threading.Lock()
 
 
 def _keeper(layers: frozenset[str]) -> Keeper:
     """The one that serves this process; started anew if it has died."""
     with _keepers_lock:
-        keeper = _keepers.get(layers)
+        key = os.getpid(), layers
+        keeper = _keepers.get(key)
         if keeper is None or not keeper.alive:
             if keeper is not None:
                 keeper.close()
-            keeper = _keepers[layers] = Keeper(layers)
+            keeper = _keepers[key] = Keeper(layers)
         return keeper
 
 
 @atexit.register
 def _close_keepers() -> None:
-    for keeper in _keepers.values():
-        keeper.close()
+    for (process, _), keeper in _keepers.items():
+        if process == os.getpid():
+            keeper.close()
 
 
 def protections(layers: frozenset[str] = LAYERS) -> dict[str, str | None]:

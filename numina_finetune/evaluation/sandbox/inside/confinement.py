@@ -76,17 +76,13 @@ def confine_warden(limits: Mapping[str, int], *, namespaces: bool) -> None:
     kernel.drop_privileges()
 
 
-def confine_interpreter(limits: Mapping[str, int], layers: frozenset[str], mapped: int) -> None:
-    """The rest, in the process that runs the code.
-
-    Args:
-        mapped: bytes of address space that the process had before any code.
-    """
+def confine_interpreter(limits: Mapping[str, int], layers: frozenset[str]) -> None:
+    """The rest, in the process that runs the code."""
     namespaces = NAMESPACES in layers
     # Without namespaces a user's processes are counted over the whole machine, so that only a filter can limit them.
     threads = limits["threads"] + _OTHERS if namespaces else None
     ceilings: dict[int, int | None] = {
-        resource.RLIMIT_AS: mapped + limits["memory"],
+        resource.RLIMIT_AS: limits["mapped"] + limits["memory"],
         resource.RLIMIT_CPU: limits["cpu_seconds"],
         resource.RLIMIT_FSIZE: limits["disk"] if namespaces else 0,
         resource.RLIMIT_NOFILE: limits["open_files"],
@@ -100,6 +96,7 @@ def confine_interpreter(limits: Mapping[str, int], layers: frozenset[str], mappe
     for what, ceiling in ceilings.items():
         if ceiling is not None:
             resource.setrlimit(what, (ceiling, ceiling))
+    kernel.set_dumpable(False)  # no core dump, not even to a program of the machine's that takes them
     if LANDLOCK in layers:
         readable = ["/"] if namespaces else [*tree.libraries(), *tree.DEVICES]
         landlock.restrict(readable=readable, writable=[tree.HOME, "/dev/null"] if namespaces else ["/dev/null"])
@@ -178,7 +175,7 @@ def _become_nobody() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        kernel.make_dumpable()
+        kernel.set_dumpable(True)  # else its files under /proc stay root's
 
 
 def _first_to_be_killed() -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from typing import Any
 
 from . import confinement, tree, warden, wire
 
@@ -64,42 +65,38 @@ def main(control: int, host: int, layers: list[str]) -> None:
         request, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 1)
         if not request:
             return
-        _fork(connection, alive, descriptors[0], request, usable, mapped)
+        with socket.socket(fileno=descriptors[0]) as sandbox:
+            _fork(sandbox, [control, alive], json.loads(request) | {"mapped": mapped}, usable)
 
 
-def _fork(
-    connection: socket.socket, alive: int, descriptor: int, request: bytes, layers: frozenset[str], mapped: int
-) -> None:
+def _fork(sandbox: socket.socket, outer: list[int], limits: dict[str, Any], layers: frozenset[str]) -> None:
+    """Fork the warden of one sandbox.
+
+    Args:
+        sandbox: its connection to the host.
+        outer: the keeper's own descriptors, which are none of its business.
+    """
     keeper = os.getpid()
-    sandbox = socket.socket(fileno=descriptor)
     try:
-        if os.fork() == 0:
-            _warden(connection, alive, sandbox, request, layers, mapped, keeper)
+        if os.fork():
+            return
     except OSError as error:
-        with suppress(OSError):
-            wire.send(sandbox, {"outcome": "killed", "lost": f"no sandbox could be made: {error}", "output": ""})
-    sandbox.close()
-
-
-def _warden(
-    connection: socket.socket,
-    alive: int,
-    sandbox: socket.socket,
-    request: bytes,
-    layers: frozenset[str],
-    mapped: int,
-    keeper: int,
-) -> None:
+        _tell(sandbox, f"no sandbox could be made: {error}")
+        return
     try:
-        connection.close()
-        os.close(alive)
+        for descriptor in outer:
+            os.close(descriptor)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        warden.serve(sandbox, json.loads(request) | {"mapped": mapped}, layers, keeper)
+        warden.serve(sandbox, limits, layers, keeper)
     except (OSError, wire.WireError) as error:
-        with suppress(OSError):
-            wire.send(sandbox, {"outcome": "killed", "lost": f"the sandbox failed: {error}", "output": ""})
+        _tell(sandbox, f"the sandbox failed: {error}")
     finally:
         os._exit(0)
+
+
+def _tell(sandbox: socket.socket, fault: str) -> None:
+    with suppress(OSError):  # the host may have gone
+        wire.send(sandbox, {"outcome": "killed", "lost": fault, "output": ""})
 
 
 def _import_packages() -> None:

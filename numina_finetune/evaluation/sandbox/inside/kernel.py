@@ -97,9 +97,9 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def make_dumpable() -> None:
-    """Own one's files under /proc again after a change of user."""
-    _prctl(_SET_DUMPABLE, 1)
+def set_dumpable(dumpable: bool) -> None:
+    """Whether this process may be traced and dumped by its own user, and owns its files under /proc."""
+    _prctl(_SET_DUMPABLE, int(dumpable))
 
 
 def drop_privileges() -> None:

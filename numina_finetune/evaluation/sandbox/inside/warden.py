@@ -41,14 +41,14 @@ def serve(connection: socket.socket, limits: Mapping[str, Any], layers: frozense
     """Run rounds for the host until it closes the connection or the interpreter is lost.
 
     Args:
+        limits: those of ``Limits``, and ``mapped``, the bytes of address space that a sandbox begins with.
         connection: to the host: it sends code, and is answered with ``outcome``, ``output``, ``seconds`` and, where
             the interpreter is lost, ``lost``: why. The first message says that it is ready.
         keeper: this process's parent.
     """
-    mapped = int(limits["mapped"])
     confine_warden(limits, namespaces=NAMESPACES in layers)
     kernel.die_with_parent(keeper)
-    pipes, child = _start(limits, layers, mapped)
+    pipes, child = _start(limits, layers)
     watch = Watch(connection, pipes, limits["output_bytes"])
     try:
         watch.round(b"", START_SECONDS, expected=interpreter.READY)
@@ -113,7 +113,7 @@ class Watch:
             left = deadline - time.monotonic()
             ready = dict(poll.poll(max(0, left) * 1000)) if left > 0 else {}
             if not ready:
-                raise Lost("timeout", f"it ran longer than {seconds:g} seconds")
+                raise Lost("timeout", f"it ran longer than {seconds:g} s")
             if self._connection.fileno() in ready:
                 raise Lost("killed", "nobody waits for the result")
             if self._pipes.output in ready and not self._read_output():
@@ -161,7 +161,7 @@ class Watch:
             self._printed.clear()
 
 
-def _start(limits: Mapping[str, Any], layers: frozenset[str], mapped: int) -> tuple[Pipes, int]:
+def _start(limits: Mapping[str, Any], layers: frozenset[str]) -> tuple[Pipes, int]:
     """The interpreter, its first process and pipes; with namespaces, that process is the first of its namespace.
 
     The first process has the interpreter as its child, so that signals act on the interpreter as they do anywhere;
@@ -175,9 +175,9 @@ def _start(limits: Mapping[str, Any], layers: frozenset[str], mapped: int) -> tu
     if child == 0:
         if NAMESPACES in layers:
             kernel.die_with_parent(0)
-            _first_process(inner, limits, layers, mapped)
+            _first_process(inner, limits, layers)
         kernel.die_with_parent(warden)
-        _interpreter(inner, limits, layers, mapped)
+        _interpreter(inner, limits, layers)
     for descriptor in (commands[0], output[1], verdicts[1]):
         os.close(descriptor)
     pipes = Pipes(commands[1], output[0], verdicts[0])
@@ -186,20 +186,18 @@ def _start(limits: Mapping[str, Any], layers: frozenset[str], mapped: int) -> tu
     return pipes, child
 
 
-def _first_process(
-    inner: Mapping[int, int], limits: Mapping[str, Any], layers: frozenset[str], mapped: int
-) -> NoReturn:
+def _first_process(inner: Mapping[int, int], limits: Mapping[str, Any], layers: frozenset[str]) -> NoReturn:
     child = os.fork()
     if child == 0:
         kernel.die_with_parent(1)
-        _interpreter(inner, limits, layers, mapped)
+        _interpreter(inner, limits, layers)
     os.closerange(0, 1 << 10)
     status = os.waitpid(child, 0)[1]
     code = os.waitstatus_to_exitcode(status)
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _interpreter(inner: Mapping[int, int], limits: Mapping[str, Any], layers: frozenset[str], mapped: int) -> NoReturn:
+def _interpreter(inner: Mapping[int, int], limits: Mapping[str, Any], layers: frozenset[str]) -> NoReturn:
     """Become the interpreter, with the descriptors ``inner`` and no others."""
     try:
         os.setsid()
@@ -210,7 +208,7 @@ def _interpreter(inner: Mapping[int, int], limits: Mapping[str, Any], layers: fr
         null = os.open("/dev/null", os.O_RDONLY)
         os.dup2(null, interpreter.INPUT)
         os.closerange(len(inner) + 1, 1 << 10)
-        confine_interpreter(limits, layers, mapped)
+        confine_interpreter(limits, layers)
         interpreter.serve()
     except BaseException as error:
         os.write(interpreter.ERRORS, f"the sandbox failed: {error!r}\n".encode())
