@@ -19,20 +19,9 @@ from typing import Any
 from . import confinement, tree, warden, wire
 
 PACKAGES = (
-    *(
-        "sympy",
-        "numpy",
-        "numpy.linalg",
-        "numpy.random",
-        "mpmath",
-        "math",
-        "cmath",
-        "fractions",
-        "decimal",
-        "statistics",
-    ),
+    *("sympy", "numpy", "numpy.linalg", "numpy.random", "mpmath", "math", "cmath", "fractions", "decimal", "json"),
     *("itertools", "collections", "functools", "random", "re", "datetime", "string", "operator", "typing", "heapq"),
-    *("bisect", "json", "ctypes", "dataclasses", "inspect", "textwrap", "calendar", "threading", "tempfile", "enum"),
+    *("bisect", "statistics", "ctypes", "dataclasses", "inspect", "textwrap", "calendar", "threading", "tempfile"),
 )
 """Imported before any sandbox is made, where installed."""
 

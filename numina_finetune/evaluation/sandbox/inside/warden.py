@@ -19,6 +19,8 @@ from .confinement import NAMESPACES, confine_interpreter, confine_warden
 READ_SIZE = 1 << 16
 START_SECONDS = 30.0
 """In which an interpreter must be ready; the machine may be busy."""
+END_SECONDS = 5.0
+"""In which an interpreter that has closed its pipes must have ended."""
 
 
 class Pipes(NamedTuple):
@@ -217,7 +219,14 @@ def _interpreter(inner: Mapping[int, int], limits: Mapping[str, Any], layers: fr
 
 
 def _end_of(child: int) -> str:
-    """Wait for the interpreter's end, and tell it."""
+    """How the interpreter ended, which has closed its pipes and so is about to; or that it goes on without them."""
+    watched = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(watched, select.POLLIN)
+    ended = poll.poll(END_SECONDS * 1000)
+    os.close(watched)
+    if not ended:
+        return "the code closed the sandbox's own pipes"
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = -(code - 128) if code > 128 else code
     if code < 0:
