@@ -78,6 +78,17 @@ def test_the_tpus_compiler_runs_without_this_package() -> None:
     assert offenders([PACKAGE / "plan" / "compiler.py"], "numina_finetune") == []
 
 
+def test_what_runs_in_the_sandbox_knows_nothing_but_python() -> None:
+    folder = room("evaluation/sandbox/inside")
+    named = {
+        name
+        for path in folder
+        for name in imports(path)
+        if not name.startswith("numina_finetune.evaluation.sandbox.inside")
+    }
+    assert {name.partition(".")[0] for name in named} <= sys.stdlib_module_names
+
+
 def test_only_storage_knows_google_cloud() -> None:
     assert offenders(house(outside="storage.py"), "google.cloud") == []
 

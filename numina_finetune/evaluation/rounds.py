@@ -237,23 +237,20 @@ class _Text(_Problem):
 
     def take(self, tokens: list[int]) -> None:
         said = self._turn["content"]
-        if said:
-            text, ended = self._reader.text(tokens)
-        else:
-            text, ended, reasoning = self._reader.answer(tokens)
-            if reasoning:
-                self._turn["reasoning_content"] = reasoning
+        text, ended, reasoning = self._reader.text(tokens)
+        if reasoning and not said:
+            self._turn["reasoning_content"] = reasoning
         block = code_block(text, complete=ended)
         if block is None:
             self._turn["content"] = said + text
             self.stopped = ANSWERED if ended else LENGTH
             return
         code, end = block
-        self._turn["content"] = f"{said}{text[:end]}\n{_OUTPUT}"
+        self._turn["content"] = said + text[:end]
         self._ask([Request(code)])
 
     def show(self, result: str) -> None:
-        said = self._turn["content"]
+        said = f"{self._turn['content']}\n{_OUTPUT}"
         shown = said + result + ("\n" if result and not result.endswith("\n") else "") + "```\n"
         self._turn["content"] = shown
         self._turn["no_loss"] = [*self._turn.get("no_loss", ()), (len(said), len(shown))]

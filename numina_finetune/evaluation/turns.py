@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numina_finetune.data.conversation import Message
+from numina_finetune.data.normalise import decode_json, is_encodable
+from numina_finetune.data.tir import PYTHON
 from numina_finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class _Part(NamedTuple):
 
     text: str
     control: bool
+    end: bool = False
+    """Whether it ends a message."""
 
 
 class TurnReader:
@@ -87,25 +91,22 @@ class TurnReader:
         self._family = family
         self._controls = {int(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         self._has_tags = "<tool_call>" in self._controls.values()
+        self._ends = _ENDS | {str(tokenizer.eos_token)}
 
     def read(self, tokens: Sequence[int]) -> Turn:
         """The turn that these tokens are, from the prompt's end on, its end token included."""
         parts = self._parts(tokens)
         return _harmony_turn(parts) if self._family == "harmony" else _qwen_turn(parts)
 
-    def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
-        """Plain text up to the first end token, and whether there was one."""
+    def text(self, tokens: Sequence[int]) -> tuple[str, bool, str | None]:
+        """A turn in which no calls are looked for, or the rest of one: text, whether it was ended, and reasoning."""
+        if any(self._controls.get(token) == "<|message|>" for token in tokens):
+            turn = self.read(tokens)
+            return turn.content or "", turn.ended, turn.reasoning
         for position, token in enumerate(tokens):
-            if self._controls.get(token) in _ENDS:
-                return self._decoded(tokens[:position]), True
-        return self._decoded(tokens), False
-
-    def answer(self, tokens: Sequence[int]) -> tuple[str, bool, str | None]:
-        """A turn in which no calls are looked for: its text, whether it was ended, and its reasoning."""
-        if self._family != "harmony":
-            return *self.text(tokens), None
-        turn = self.read(tokens)
-        return turn.content or "", turn.ended, turn.reasoning
+            if self._controls.get(token) in self._ends:
+                return self._decoded(tokens[:position]), True, None
+        return self._decoded(tokens), False, None
 
     def _parts(self, tokens: Sequence[int]) -> list[_Part]:
         parts: list[_Part] = []
@@ -119,7 +120,8 @@ class TurnReader:
                 parts += [_Part(text, False)] if self._has_tags else _tagged(text)
                 run = []
             if token is not None:
-                parts.append(_Part(self._controls[token], True))
+                control = self._controls[token]
+                parts.append(_Part(control, True, control in self._ends))
         return parts
 
     def _decoded(self, tokens: Sequence[int]) -> str:
@@ -145,8 +147,8 @@ def _qwen_turn(parts: Sequence[_Part]) -> Turn:
     calls: list[Call] = []
     inside: list[str] | None = None
     ended = False
-    for text, control in parts:
-        if control and text in _ENDS:
+    for text, control, end in parts:
+        if end:
             ended = True
             break
         if control and text == "<tool_call>":
@@ -167,16 +169,19 @@ def _qwen_turn(parts: Sequence[_Part]) -> Turn:
 
 
 def _json_call(text: str, fault: str | None = None) -> Call:
+    """A call from its JSON; what the layout could not write again is shown to the model as an argument ``raw``."""
+    raw = json.dumps({"raw": text}, ensure_ascii=False)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Call("python", json.dumps({"raw": text}, ensure_ascii=False), fault or f"the call is no JSON ({error})")
+        value = decode_json(text)
+    except ValueError as error:
+        return Call(PYTHON, raw, fault or f"the call is no JSON ({error})")
+    if not is_encodable(value):
+        return Call(PYTHON, raw, "the call holds a lone surrogate, which is no text")
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raw = json.dumps({"raw": text}, ensure_ascii=False)
-        return Call("python", raw, "the call is no JSON object with a name and arguments")
+        return Call(PYTHON, raw, "the call is no JSON object with a name and arguments")
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):
-        fault, arguments = "the arguments are no JSON object", {"raw": arguments}
+        return Call(value["name"], raw, "the arguments are no JSON object")
     return Call(value["name"], json.dumps(arguments, ensure_ascii=False), fault)
 
 
@@ -190,8 +195,8 @@ def _harmony_turn(parts: Sequence[_Part]) -> Turn:
     header: list[str] = []
     body: list[str] | None = None
     ended = False
-    for text, control in [*parts, _Part("", True)]:
-        if body is not None and (not text or (control and text in _ENDS)):
+    for text, control, end in [*parts, _Part("", True, True)]:  # what is cut off ends in nothing
+        if body is not None and end:
             words = " ".join(header)
             if recipient := _RECIPIENT.search(words):
                 calls.append(_harmony_call(recipient[1], "".join(body), text))
@@ -204,8 +209,8 @@ def _harmony_turn(parts: Sequence[_Part]) -> Turn:
             body = []
         elif body is not None:
             body.append(text)
-        elif control and text in _ENDS:
-            ended = True
+        elif end:
+            ended = bool(text)
         else:
             header.append(text)
         if ended:
@@ -218,8 +223,8 @@ def _harmony_call(recipient: str, text: str, end: str) -> Call:
     if not end:
         return Call(name, text, "the call is cut off")
     try:
-        return Call(name, text, None if isinstance(json.loads(text), dict) else "the arguments are no JSON object")
-    except (ValueError, RecursionError) as error:
+        return Call(name, text, None if isinstance(decode_json(text), dict) else "the arguments are no JSON object")
+    except ValueError as error:
         return Call(name, text, f"the arguments are no JSON ({error})")
 
 
@@ -237,8 +242,8 @@ def code_of(call: Call) -> tuple[str | None, str]:
     """The Python code of a call, or None and what the tool answers to a call that it cannot run."""
     if call.fault:
         return None, f"Error: {call.fault}."
-    if call.name != "python":
-        return None, f"Error: there is no tool {call.name!r}; the only one is python."
+    if call.name != PYTHON:
+        return None, f"Error: there is no tool {call.name!r}; the only one is {PYTHON}."
     arguments: dict[str, Any] = json.loads(call.arguments)
     code = arguments.get("code")
     if not isinstance(code, str):

@@ -218,6 +218,7 @@ def solve(
         ('<tool_call>\n{"name": "python", "arguments": "2"}\n</tool_call>', "the arguments are no JSON object"),
         (call("1", name="shell"), "there is no tool 'shell'"),
         ('<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n', "never closed"),
+        ('<tool_call>\n{"name": "python", "arguments": {"code": "\\ud800"}}\n</tool_call>', "lone surrogate"),
     ],
 )
 def test_a_malformed_call_is_answered_with_its_fault_and_the_model_goes_on(
@@ -280,6 +281,14 @@ def test_text_goes_on_behind_the_result_of_its_code(qwen3: PreTrainedTokenizerBa
     )
     assert transcript.text.endswith("ZeroDivisionError: division by zero\n```\nSo 4.")
     assert model.prompts[1].endswith("```output\n4\n```\n")
+
+
+def test_gpt_oss_may_reason_before_the_text_with_its_code(gpt_oss: PreTrainedTokenizerBase) -> None:
+    first = "<|channel|>analysis<|message|>I add.<|end|><|start|>assistant<|channel|>final<|message|>"
+    model = Lines(gpt_oss, first + "```python\n2+2\n```\n```output\n", "So 4.<|return|>")
+    transcript = solve(model, gpt_oss, style="text")
+    assert transcript.text == "```python\n2+2\n```\n```output\n4\n```\nSo 4." and transcript.stopped == "answered"
+    assert model.prompts[1].endswith(first + "```python\n2+2\n```\n```output\n4\n```\n")
 
 
 def test_a_sandbox_that_protects_too_little_is_refused_before_anything_is_generated(
