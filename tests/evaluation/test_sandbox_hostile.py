@@ -155,7 +155,7 @@ def test_hostile_program_gets_nothing_and_leaves_nothing(tier: Minimum, name: st
         answers = [sandbox.run("print(1 + 1)").output for _ in range(3)]
     assert "ESCAPED" not in execution.output and host.secret not in execution.output
     assert "the sandbox failed" not in execution.output
-    assert "2" in answers[-1].splitlines(), answers
+    assert any("2" in answer.splitlines() for answer in answers), answers
     assert state_of(host.canary) == host.state
     assert [visited(listener) for listener in host.listeners] == [False] * len(host.listeners)
     assert host.signals == []

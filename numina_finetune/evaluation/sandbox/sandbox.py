@@ -32,6 +32,12 @@ NEEDED = {
     Minimum.FILTERED: (SECCOMP, LANDLOCK),
     Minimum.NONE: (),
 }
+_FIXES = {
+    NAMESPACES: "let users make namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, "
+    "--security-opt seccomp=unconfined for Docker)",
+    SECCOMP: "use Linux on x86-64 or aarch64 with CONFIG_SECCOMP_FILTER",
+    LANDLOCK: "use Linux 5.13 or newer with landlock among its security modules",
+}
 START_SECONDS = 120.0
 """In which the keeper must have imported its packages, and a sandbox must have started."""
 GRACE_SECONDS = 30.0
@@ -158,13 +164,13 @@ def require(minimum: Minimum, layers: frozenset[str] = LAYERS) -> None:
         ConfigError: one is missing; says which, why, and what can be done.
     """
     faults = protections(layers)
-    missing = [f"{name} ({faults[name]})" for name in NEEDED[minimum] if faults[name] is not None]
+    missing = [name for name in NEEDED[minimum] if faults[name] is not None]
     if missing:
+        lacks = ", ".join(f"{name} ({faults[name]})" for name in missing)
+        fixes = "; ".join(_FIXES[name] for name in missing)
         raise ConfigError(
-            f"the sandbox for python code lacks {', '.join(missing)}, and runs nothing with less than "
-            f"--sandbox-minimum {minimum}: allow unprivileged user namespaces on this machine (sysctl "
-            "kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu; --security-opt seccomp=unconfined for Docker), "
-            "or lower the minimum (isolated, filtered, none) if you trust the model's code"
+            f"the sandbox for python code lacks {lacks}, and runs nothing with less than --sandbox-minimum {minimum}: "
+            f"{fixes}; or lower the minimum ({', '.join(Minimum)}) if you trust the model's code"
         )
 
 
