@@ -252,7 +252,11 @@ def _filedigest(path: Path) -> str:
 
 
 def load_rows(
-    source: SourceConfig, cache_dir: Path | None = None, *, streaming: bool = False
+    source: SourceConfig,
+    cache_dir: Path | None = None,
+    *,
+    streaming: bool = False,
+    flag: str = "--dataset-name",
 ) -> Dataset | IterableDataset:
     """The source's rows, as published.
 
@@ -261,6 +265,7 @@ def load_rows(
             A single file is every split.
         streaming: rows of files and of the hub are read as they are asked for, and kept nowhere.
         cache_dir: where ``datasets`` keeps its Arrow form of local files; its own place if None.
+        flag: the option that named the source, as messages have it.
 
     Raises:
         DataError: the dataset, its configuration or split does not exist, or cannot be read; retrying is no use.
@@ -271,7 +276,7 @@ def load_rows(
     if kind == "synthetic":
         return _synthetic_rows(source)
     if kind != "hub":
-        _columns(source, "--dataset-name")
+        _columns(source, flag)
     path = Path(source.name).expanduser()
     if kind == "folder" and _is_saved_dataset(path):
         return _saved_rows(source, path)
@@ -285,10 +290,10 @@ def load_rows(
         arguments |= {"path": str(path), "name": source.config}
     else:
         arguments |= {"path": source.name, "name": source.config, "revision": source.revision}
-    return _load_dataset(source, arguments)
+    return _load_dataset(source, arguments, flag)
 
 
-def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset | IterableDataset:
+def _load_dataset(source: SourceConfig, arguments: dict[str, Any], flag: str) -> Dataset | IterableDataset:
     from datasets import DownloadMode, VerificationMode, disable_progress_bars, load_dataset
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -306,7 +311,7 @@ def _load_dataset(source: SourceConfig, arguments: dict[str, Any]) -> Dataset | 
         rows: Dataset | IterableDataset = load_dataset(**arguments)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"--dataset-name {source.name} is not on the hub, or needs a login: check the name "
+            f"{flag} {source.name} is not on the hub, or needs a login: check the name "
             f"(a file or folder of that name does not exist either). {error}"
         ) from error
     except (ValueError, EmptyDatasetError) as error:

@@ -7,12 +7,13 @@ number. ``boxed`` takes the last ``\boxed{…}``, as MATH and NuminaMath write i
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Literal
+
+from numina_finetune.evaluation.latex import equivalent
 
 Style = Literal["gsm8k", "gsm8k-flexible", "boxed"]
 
@@ -21,9 +22,8 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 BOX = re.compile(r"\\boxed\s*\{")
 IGNORED = re.compile(r",|\$|(?s:.*)#### |\.$")
 """What the harness deletes from both answers before it compares them."""
-
-Z_95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?P<mark>,|\{,\}|\\[,!]| )\d{3}(?:(?P=mark)\d{3})*|\d+)?(?:\.\d*)?")
+"""A number, perhaps with a mark between thousands; digits may be missing altogether."""
 
 
 def extract_answer(text: str, *, style: Style = "gsm8k") -> str | None:
@@ -44,17 +44,27 @@ def extract_answer(text: str, *, style: Style = "gsm8k") -> str | None:
 
 
 def answers_match(gold: str | None, predicted: str | None) -> bool:
-    """Whether two extracted answers are equal as text after normalisation, or as numbers (``18`` and ``18.00``).
+    r"""Whether two extracted answers are the same: as text, as numbers (``18`` and ``18.00``), or to math-verify.
 
-    A missing answer matches nothing, not even another missing one. ``gold`` may be a whole GSM8K solution.
+    A missing answer matches nothing, not even another missing one. ``gold`` may be a whole GSM8K solution. Two plain
+    numbers are compared exactly; whatever else differs as text is compared as LaTeX (:mod:`.latex`), where
+    ``\frac12`` is ``0.5``.
     """
     if gold is None or predicted is None:
         return False
-    left, right = normalise(gold), normalise(predicted)
+    gold = gold.rpartition("#### ")[2]
+    left, right = _bare(gold), _bare(predicted)
     if left == right:
         return True
     left_number, right_number = _number(left), _number(right)
-    return left_number is not None and left_number == right_number
+    if left_number is not None and right_number is not None:
+        return left_number == right_number
+    return bool(left and right) and equivalent(gold, predicted)
+
+
+def same_in_harness(gold: str | None, predicted: str | None) -> bool:
+    """Whether the harness counts two extracted GSM8K answers as equal: as text, once both are normalised."""
+    return gold is not None and predicted is not None and normalise(gold) == normalise(predicted)
 
 
 def normalise(answer: str) -> str:
@@ -66,21 +76,6 @@ def majority_baseline(golds: Sequence[str]) -> float:
     """Accuracy of always giving the most frequent answer; 0 for no answers."""
     counts = Counter(normalise(gold) for gold in golds)
     return max(counts.values()) / len(golds) if golds else 0.0
-
-
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, from ``correct`` out of ``n``; (0, 1) where nothing was tried."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = correct / n, Z_95**2 / n
-    centre = share + spread / 2
-    half = Z_95 * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
-
-
-def wilson_lower(correct: int, n: int) -> float:
-    """The lower end of :func:`wilson_interval`."""
-    return wilson_interval(correct, n)[0]
 
 
 def _last_box(text: str) -> str | None:
@@ -102,9 +97,13 @@ def _closing_brace(text: str, start: int) -> int | None:
     return None
 
 
+def _bare(answer: str) -> str:
+    """The answer without the dollar signs around it, which are money or mark a formula, and a final dot."""
+    return re.sub(r"\\?\$", "", answer).strip().removesuffix(".").strip()
+
+
 def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
+    match = _NUMBER.fullmatch(text)
+    if match is None or not any(character.isdigit() for character in text):
         return None
-    return number if number.is_finite() else None
+    return Decimal(text.replace(match["mark"], "") if match["mark"] else text)
