@@ -381,6 +381,18 @@ def of_step(store: Store, step: int | None) -> list[Checkpoint]:
     return wanted
 
 
+def best_checkpoint(store: Store) -> Checkpoint:
+    """The best of a run's checkpoints, by its evaluations.
+
+    Raises:
+        CheckpointError: none was evaluated.
+    """
+    best = survey(store).best
+    if best is None:
+        raise CheckpointError(f"{store.url} has no evaluated checkpoint to be the best: name its step, or take newest")
+    return Checkpoint(*best, store, prefix_of(*best))
+
+
 def _checkpoint(store: Store, found: Found) -> Checkpoint:
     return Checkpoint(*found.place, store, prefix_of(*found.place))
 

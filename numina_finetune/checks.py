@@ -133,7 +133,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
             faults.append(f"{flag(name)} {value} is too small: use 1 or more")
     if config.profile_steps is not None and not _is_range(config.profile_steps):
         faults.append(f"--profile-steps {config.profile_steps!r} is no range of steps: write it as 10-15")
-    if not _is_date(config.chat_date):
+    if not is_date(config.chat_date):
         faults.append(f"--chat-date {config.chat_date!r} is no date: write it as 2025-06-28")
     return faults
 
@@ -193,7 +193,8 @@ def _is_range(text: str) -> bool:
     return match is not None and int(match[1]) <= int(match[2] or match[1])
 
 
-def _is_date(text: str) -> bool:
+def is_date(text: str) -> bool:
+    """Whether it is a date, written YYYY-MM-DD."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:

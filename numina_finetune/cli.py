@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -17,8 +18,9 @@ from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
 from numina_finetune.cli_options import command_of, field_parameter, parameter, resolve_config, with_parameters
-from numina_finetune.config import RunConfig
+from numina_finetune.config import BACKENDS, RunConfig
 from numina_finetune.errors import ConfigError, ExitCode, UserError
+from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.spot.options import SpotOptions
 
 DEFAULT_COMMAND = "train"
@@ -214,6 +216,21 @@ def _doctor(config: str | None, zone: str | None, json: bool | None, **given: An
     return int(run_doctor(run_config, zone=zone, as_json=bool(json)))
 
 
+def _evaluate(**given: Any) -> int:
+    """Measure how often a model's answers are right; the same command again goes on where it was cut."""
+    options = EvaluateOptions.from_mapping(given)
+    devices = RunConfig(backend=options.backend)
+    name, _ = launch.choose_backend(devices if options.backend in BACKENDS else RunConfig())
+    launch.prepare_environment(name)
+
+    from numina_finetune.checkpoint.preemption import StopNotice
+    from numina_finetune.evaluate_command import run_evaluate
+
+    with StopNotice() as notice:
+        code = run_evaluate(options, _backend_factory(name), lambda: notice.wanted, launch.faults(name))
+        return int(ExitCode.STOPPED if code == ExitCode.PREEMPTED and notice.signal == signal.SIGINT else code)
+
+
 def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
     """What the ``data`` commands were asked for; no device library is loaded for them."""
     launch.prepare_environment("native")
@@ -318,6 +335,21 @@ def sweep(
 
 
 @app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="FIRST", help="Folder or gs://… of an evaluation.")],
+    second: Annotated[str, typer.Argument(metavar="SECOND", help="Of another one, on the same problems.")],
+    output_dir: Annotated[
+        str | None, typer.Option(help="Folder or gs://bucket/prefix for the problems that changed, as a page.")
+    ] = None,
+) -> int:
+    """Compare two evaluations problem by problem: which model is better, and how sure that is."""
+    launch.prepare_environment("native")
+    from numina_finetune.evaluate_command import run_compare
+
+    return int(run_compare(first, second, output_dir))
+
+
+@app.command()
 def stage(
     model_name: Annotated[str, typer.Option(help="Hub name or local folder.")],
     output_dir: Annotated[str, typer.Option(help="gs://bucket/prefix or folder that holds staged models.")],
@@ -365,6 +397,10 @@ _DOCTOR_OPTIONS = (
     parameter("json", bool, "Print it for machines.", "Doctor"),
 )
 app.command("doctor")(command_of(_doctor, _doctor.__doc__, _FIELDS, _BF16, _CHECKPOINTING, *_DOCTOR_OPTIONS))
+
+app.command("evaluate")(
+    with_parameters(_evaluate, _evaluate.__doc__, [field_parameter(f) for f in fields(EvaluateOptions)])
+)
 
 data_app = typer.Typer(help="Prepare and look at data, without a model or a device.", context_settings=_CONTEXT)
 app.add_typer(data_app, name="data")

@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 """Of the bootstrap; its seed is fixed, so that the same results have the same interval."""
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share, from ``correct`` out of ``n``; (0, 1) where nothing was tried."""
     if n == 0:
         return 0.0, 1.0
@@ -27,10 +27,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean of shares by the central limit theorem, within [0, 1].
 
     For several attempts at each problem: problems are the sample, and a problem's share of right attempts is one value.
-    (0, 1) for fewer than two values.
+    Where all values are equal, which says nothing of how they vary, it is Wilson's for one attempt each.
     """
-    if len(values) < 2:
-        return 0.0, 1.0
+    if len(set(values)) < 2:
+        return wilson_interval(sum(values), len(values))
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return max(0.0, mean - half), min(1.0, mean + half)
@@ -53,7 +53,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Two-sided p of McNemar's exact test: a fair coin decides each problem that only one of the two got right."""
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, count) for count in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**n)  # of whole numbers: 2**n is too large for a float
+    return min(1.0, tail / (1 << n - 1) if n else 1.0)  # of whole numbers: 2**n is too large for a float
 
 
 def newcombe_paired(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
@@ -92,7 +92,7 @@ def _correlation(both: int, only_first: int, only_second: int, neither: int) -> 
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if product == 0:
         return 0.0
-    excess = both * neither - only_first * only_second
+    excess = float(both * neither - only_first * only_second)
     if excess > 0:
-        excess = max(0, 2 * excess - n) / 2
+        excess = max(0.0, excess - n / 2)
     return excess / math.sqrt(product)

@@ -53,9 +53,7 @@ TASKS = {
         SourceConfig("openai/gsm8k", config="main", split="train"),
     ),
     "math500": Task("math500", SourceConfig("HuggingFaceH4/MATH-500", split="test"), "boxed"),
-    SYNTHETIC: Task(
-        SYNTHETIC, SourceConfig(SYNTHETIC, split="test"), "gsm8k", SourceConfig(SYNTHETIC, split="train")
-    ),
+    SYNTHETIC: Task(SYNTHETIC, SourceConfig(SYNTHETIC, split="test"), "gsm8k", SourceConfig(SYNTHETIC, split="train")),
 }
 """The benchmarks; all of their problems are held out."""
 

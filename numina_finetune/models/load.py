@@ -110,7 +110,12 @@ def base_fingerprint(config: RunConfig) -> str | None:
         None where there is nothing to tell: all weights are trained, or they are made from the seed, or their files
         cannot be read in part.
     """
-    if not config.lora_rank or (name := resolve_name(config.model_name)) in BUILTIN:
+    return weights_fingerprint(config) if config.lora_rank else None
+
+
+def weights_fingerprint(config: RunConfig) -> str | None:
+    """Tells the model's weights from others; None where they are made from the seed, or can only be read whole."""
+    if (name := resolve_name(config.model_name)) in BUILTIN:
         return None
     files = _find_weights(config, name)
     return None if files is None else fingerprint(files)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -95,3 +96,21 @@ class MergedWeights:
         if own is None:
             return weight
         return merged(weight, self._adapters.read(own["A"]), self._adapters.read(own["B"]), self._scale, self._dtype)
+
+
+class WeightParts:
+    """Named weights as a source of any part of them; implements `numina_finetune.models.stream.Weights`.
+
+    One whole weight is in memory at a time.
+    """
+
+    def __init__(self, named: NamedWeights) -> None:
+        self._named = named
+
+    def read(self, wanted: Sequence[Wanted], told: Callable[[int], object] = lambda count: None) -> None:
+        """Fill the targets."""
+        for name, parts in groupby(sorted(wanted, key=lambda one: one.name), key=lambda one: one.name):
+            values = self._named.read(name)
+            for one in parts:
+                one.target.copy_(values[one.part])
+                told(one.target.nbytes)

@@ -1,0 +1,192 @@
+"""``numina-finetune evaluate`` and ``compare``: from the options to the folder of results, and from two to one page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from numina_finetune.config import RunConfig
+from numina_finetune.data.chat import ChatOptions
+from numina_finetune.data.dataset import tokenizer_hash
+from numina_finetune.errors import ConfigError, ExitCode
+from numina_finetune.evaluated_model import EvaluatedModel, find_model
+from numina_finetune.evaluation.compare import compare
+from numina_finetune.evaluation.options import EvaluateOptions
+from numina_finetune.evaluation.page import html_comparison, markdown_comparison
+from numina_finetune.evaluation.prompts import PromptOptions, Prompts
+from numina_finetune.evaluation.results import ResultFolder, read_results
+from numina_finetune.evaluation.run import progress_line, reports, run_batches, summarise
+from numina_finetune.evaluation.scoring import Figures, Record, figures
+from numina_finetune.evaluation.solving import Solve, solve_directly, whole_batch
+from numina_finetune.evaluation.tasks import Problem, Problems, chosen, find_task, load_examples, load_problems
+from numina_finetune.storage import open_store
+from numina_finetune.train.backend import Backend, Decoding
+from numina_finetune.train.record import versions
+
+MakeBackend = Callable[[RunConfig], Backend]
+
+
+def run_evaluate(
+    options: EvaluateOptions, make_backend: MakeBackend, stop: Callable[[], bool], faults: list[str]
+) -> ExitCode:
+    """Evaluate, or go on; the exit code says whether all problems are done.
+
+    Args:
+        stop: whether to end after the batch at hand.
+        faults: of the environment, to be told with those of the options.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: everything that is wrong, before a device is touched.
+    """
+    if faults := [*faults, *options.faults()]:
+        raise ConfigError(faults)
+    found = evaluate(options, make_backend, stop)
+    return ExitCode.PREEMPTED if found is None else ExitCode.DONE
+
+
+def evaluate(
+    options: EvaluateOptions, make_backend: MakeBackend, stop: Callable[[], bool] = lambda: False
+) -> Figures | None:
+    """One evaluation into its folder.
+
+    Args:
+        options: without faults.
+
+    Returns:
+        The headline figures; None if it was to stop before its end.
+    """
+    model, task = find_model(options), _load(options)
+    prompts = _prompts(options, model, task.examples)
+    _refuse_too_long(options, model, task.asked, prompts)
+    settings = _settings(options, model, task)
+    folder = ResultFolder(options.output_dir)
+    folder.refuse_other(settings)
+    backend = make_backend(model.config)
+    say = print if backend.process_index == 0 else _silent
+    done = backend.processes.broadcast(folder.begin(settings, versions()) if backend.process_index == 0 else None)
+    left = len(task.asked.problems) - len(done)
+    say(f"{task.asked.task}: {len(task.asked.problems)} problems, {left} to do; {backend.device_description}")
+    if left:
+        opened, weights = model.open()
+        backend.place(opened, model.config, weights, trained=False)
+    together = list(done)
+
+    def record(graded: Sequence[Record]) -> None:
+        together.extend(graded)
+        if backend.process_index == 0:
+            folder.append(graded)
+        say(progress_line(together, task.asked), flush=True)
+
+    records = run_batches(
+        task.asked,
+        _solve(options, model, prompts, backend),
+        done,
+        record,
+        samples=options.samples,
+        rows=options.batch_size,
+        seed=options.seed,
+        stop=lambda: backend.processes.any(stop()),
+    )
+    if records is None:
+        if backend.process_index == 0:
+            folder.publish()
+        say(f"stopped at {len(together)} of {len(task.asked.problems)} problems: the same command goes on")
+        return None
+    summary = summarise(task.asked, records, settings)
+    if backend.process_index == 0:
+        folder.finish(summary, reports(summary, records))
+    measured = figures(records, task.asked.style)
+    say(f"{measured.line}\n{backend.summary()}\nthe report is {options.output_dir.rstrip('/')}/report.html", flush=True)
+    return measured
+
+
+def run_compare(first: str, second: str, output_dir: str | None) -> ExitCode:
+    """Print what two evaluations say about two models; with a folder, write it there too.
+
+    Raises:
+        ConfigError: one of them is no finished evaluation, or they are not on the same problems.
+    """
+    found = compare(read_results(first), read_results(second))
+    print(found.line)
+    if output_dir:
+        store = open_store(output_dir)
+        store.write("comparison.md", markdown_comparison(found).encode())
+        store.write("comparison.html", html_comparison(found).encode())
+        store.write_json("comparison.json", found.to_mapping())
+        print(f"the problems that changed are in {output_dir.rstrip('/')}/comparison.html")
+    return ExitCode.DONE
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked, and what is shown before."""
+
+    asked: Problems
+    examples: list[Problem]
+
+
+def _load(options: EvaluateOptions) -> _Asked:
+    task = find_task(options.task, options.question_field, options.answer_field, options.answer_style)
+    everything = load_problems(task)
+    examples = load_examples(task, options.shots_file, everything.problems, options.shots, options.seed)
+    problems = chosen(everything.problems, options.max_problems, options.seed)
+    return _Asked(replace(everything, problems=problems), examples)
+
+
+def _prompts(options: EvaluateOptions, model: EvaluatedModel, examples: Sequence[Problem]) -> Prompts:
+    chat = ChatOptions(options.chat_family, options.chat_date, options.reasoning_effort)
+    how = PromptOptions(options.prompt, options.instruction, options.system_prompt, chat)
+    return Prompts(model.tokenizer, how, examples)
+
+
+def _solve(options: EvaluateOptions, model: EvaluatedModel, prompts: Prompts, backend: Backend) -> Solve:
+    decoding = Decoding(
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=prompts.stop_ids(model.generation),
+        pad_id=int(model.tokenizer.pad_token_id),
+        batch_size=whole_batch(options.batch_size, backend.data_parallel_size),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    return solve_directly(prompts, backend.generate, decoding)
+
+
+def _refuse_too_long(options: EvaluateOptions, model: EvaluatedModel, asked: Problems, prompts: Prompts) -> None:
+    """Refuse what goes beyond the positions that the model knows.
+
+    Raises:
+        ConfigError: naming the longest prompt.
+    """
+    limit = getattr(model.architecture, "max_position_embeddings", None)
+    longest = max(len(prompts.ids(problem.question)) for problem in asked.problems)
+    if limit is not None and longest + options.max_new_tokens > limit:
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} behind the longest prompt ({longest} tokens) is more than the "
+            f"{limit} positions of {options.model}: use {max(limit - longest, 0)} or less, or fewer --shots"
+        )
+
+
+def _settings(options: EvaluateOptions, model: EvaluatedModel, task: _Asked) -> dict[str, Any]:
+    """What two lives of one evaluation have in common."""
+    return {
+        **options.settings(),
+        **model.identity,
+        "tokenizer": tokenizer_hash(model.tokenizer),
+        "answer_style": task.asked.style,
+        "problems": _digest(task.asked.problems),
+        "examples": _digest(task.examples),
+    }
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    text = json.dumps([asdict(problem) for problem in problems])
+    return f"{len(problems)}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _silent(*_: object, **__: object) -> None:
+    """What other processes than the first say."""

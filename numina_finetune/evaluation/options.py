@@ -1,0 +1,173 @@
+"""The options of ``evaluate``, and what can be seen to be wrong with them without opening a file or a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from numina_finetune.checks import is_date
+from numina_finetune.config import BACKENDS, CHAT_FAMILIES, EXPERTS, PRECISIONS, REASONING_EFFORTS, TIR_STYLES, flag
+
+PROMPTS = ("chat", "completion")
+STYLES = ("gsm8k", "gsm8k-flexible", "boxed")
+TOOLS = ("python",)
+_DECODED_TOGETHER = 32
+
+
+def option(default: Any, help: str, group: str) -> Any:
+    """A field that is also a command-line option, which help shows under ``group``."""
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What ``evaluate`` was asked for."""
+
+    model: str = option(
+        "", "A model's folder, hub name or built-in name, or a run's folder or gs://bucket/prefix/run-id.", "Model"
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.", "Model")
+    tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer; the model's own if unset.", "Model")
+    checkpoint: str = option("newest", "Of a run: newest, best (by its evaluations) or a step's number.", "Model")
+    precision: str | None = option(
+        None, "pure-bf16, fp32, or bf16 (bf16 compute on fp32 weights); what the weights are if unset.", "Model"
+    )
+    task: str = option(
+        "",
+        "gsm8k, math500, synthetic-gsm8k, or a dataset of questions and answers: a file, name or name[split].",
+        "Task",
+    )
+    question_field: str | None = option(None, "Column of the question; question or problem if unset.", "Task")
+    answer_field: str | None = option(None, "Column of the answer; answer or solution if unset.", "Task")
+    answer_style: str | None = option(
+        None, f"How answers are read: {', '.join(STYLES)}; the task's own if unset.", "Task"
+    )
+    max_problems: int | None = option(None, "At most so many problems, chosen by the seed.", "Task")
+    shots: int = option(0, "Solved examples before each question, from the training split, chosen by the seed.", "Task")
+    shots_file: str | None = option(None, "Dataset of questions and answers that the examples come from.", "Task")
+    prompt: str = option(
+        "chat", 'chat (as trained; examples are earlier turns) or completion ("Question: …\\nAnswer:").', "Prompt"
+    )
+    instruction: str | None = option(
+        None,
+        "Text behind every question (completion: at the very beginning), such as how to mark the answer.",
+        "Prompt",
+    )
+    system_prompt: str | None = option(None, "System message of the chat.", "Prompt")
+    chat_family: str = option("auto", "Chat layout: auto, qwen3, harmony (gpt-oss) or template.", "Prompt")
+    chat_date: str = option("2025-06-28", "Today's date, as system messages give it: YYYY-MM-DD.", "Prompt")
+    reasoning_effort: str = option("medium", "What gpt-oss's system message asks for: low, medium or high.", "Prompt")
+    max_new_tokens: int = option(1024, "Tokens after which an answer is cut.", "Decoding")
+    temperature: float = option(0.0, "Of sampling; 0 = the most likely token.", "Decoding")
+    top_p: float = option(1.0, "Sample among the likeliest tokens with this share of the probability.", "Decoding")
+    top_k: int = option(0, "Sample among so many of the likeliest tokens; 0 = all.", "Decoding")
+    samples: int = option(1, "Attempts at each problem.", "Decoding")
+    seed: int = option(0, "Of sampling, of the examples, and of --max-problems.", "Decoding")
+    batch_size: int = option(_DECODED_TOGETHER, "Attempts that are decoded together, over all devices.", "Decoding")
+    tools: str | None = option(None, "Tools that the model may call: python.", "Tools")
+    tir_style: str = option("tool_calls", "How it calls python: tool_calls, or text (code blocks).", "Tools")
+    max_rounds: int = option(8, "Calls in one attempt.", "Tools")
+    backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices")
+    mesh: str | None = option(None, 'Devices along each axis, such as "fsdp=4,tensor=2".', "Devices")
+    experts: str = option("auto", f"Of models with experts: {', '.join(EXPERTS)}.", "Devices")
+    scan_layers: bool = option(True, "XLA: compile one layer, and run it in a loop over all of them.", "Devices")
+    output_dir: str = option(
+        "", "Folder or gs://bucket/prefix of the results; an evaluation that was cut goes on there.", "Output"
+    )
+
+    @staticmethod
+    def from_mapping(given: Mapping[str, Any]) -> EvaluateOptions:
+        """Of the command line's values, where what was not given is None."""
+        return EvaluateOptions(**{name: value for name, value in given.items() if value is not None})
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the results, so that it must not change while an evaluation goes on.
+
+        Devices do not; and what is decoded together does where it is drawn at random only.
+        """
+        free = {f.name for f in fields(self) if f.metadata["group"] in ("Devices", "Output")}
+        if self.temperature == 0:
+            free |= {"batch_size", "top_p", "top_k"}
+        if self.tools is None:
+            free |= {f.name for f in fields(self) if f.metadata["group"] == "Tools"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+    def faults(self) -> list[str]:
+        """Everything that is wrong with the options themselves."""
+        return [*self._missing(), *self._not_among(), *self._out_of_range(), *self._contradictions()]
+
+    def _missing(self) -> list[str]:
+        needed = {
+            "model": "give a model's folder or hub name, or a run's folder",
+            "task": "give gsm8k, math500, synthetic-gsm8k or a dataset",
+            "output_dir": "give the folder for the results",
+        }
+        return [f"{flag(name)} is missing: {fix}" for name, fix in needed.items() if not getattr(self, name)]
+
+    def _not_among(self) -> list[str]:
+        allowed: dict[str, tuple[str | None, ...]] = {
+            "precision": (*PRECISIONS, None),
+            "answer_style": (*STYLES, None),
+            "prompt": PROMPTS,
+            "chat_family": CHAT_FAMILIES,
+            "reasoning_effort": REASONING_EFFORTS,
+            "tools": (*TOOLS, None),
+            "tir_style": TIR_STYLES,
+            "backend": BACKENDS,
+            "experts": EXPERTS,
+        }
+        faults = [
+            f"{flag(name)} {getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, choices))}"
+            for name, choices in allowed.items()
+            if getattr(self, name) not in choices
+        ]
+        if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
+            faults.append(f"--checkpoint {self.checkpoint!r} is unknown: use newest, best or a step's number")
+        if not is_date(self.chat_date):
+            faults.append(f"--chat-date {self.chat_date!r} is no date: write it as 2025-06-28")
+        return faults
+
+    def _out_of_range(self) -> list[str]:
+        at_least = {
+            "shots": 0,
+            "max_new_tokens": 1,
+            "top_k": 0,
+            "samples": 1,
+            "seed": 0,
+            "batch_size": 1,
+            "max_rounds": 1,
+        }
+        faults = [
+            f"{flag(name)} {getattr(self, name)} is too small: use {bound} or more"
+            for name, bound in at_least.items()
+            if getattr(self, name) < bound
+        ]
+        if self.max_problems is not None and self.max_problems < 1:
+            faults.append(f"--max-problems {self.max_problems} is too small: use 1 or more")
+        if not (0 <= self.temperature < math.inf):
+            faults.append(f"--temperature {self.temperature} is out of range: use 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"--top-p {self.top_p} is out of range: use more than 0, up to 1")
+        return faults
+
+    def _contradictions(self) -> list[str]:
+        faults = []
+        if self.temperature == 0:
+            if self.samples > 1:
+                faults.append(f"--samples {self.samples} would all be the same: add --temperature, such as 0.7")
+            faults += [
+                f"{flag(name)} {getattr(self, name)} is of sampling: add --temperature, such as 0.7, or leave it out"
+                for name, unset in (("top_p", 1.0), ("top_k", 0))
+                if getattr(self, name) != unset
+            ]
+        if self.shots_file and not self.shots:
+            faults.append(f"--shots-file {self.shots_file} is not read: say how many examples with --shots")
+        if self.prompt == "completion":
+            faults += [
+                f"{flag(name)} has no place in --prompt completion: leave it out, or use --prompt chat"
+                for name in ("system_prompt", "tools")
+                if getattr(self, name)
+            ]
+        return faults
