@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from numina_finetune.checkpoint.attempts import ATTEMPTS, OUTCOME, attempt_numbers
-from numina_finetune.checkpoint.commit import best_of, delete_checkpoint
+from numina_finetune.checkpoint.commit import delete_checkpoint
+from numina_finetune.checkpoint.evaluations import Evaluation, Evaluations, best_of, from_manifest
 from numina_finetune.checkpoint.layout import CHECKPOINTS, COMMITTED, place_of, prefix_of
 from numina_finetune.checkpoint.parallel import in_order
 from numina_finetune.checkpoint.reading import (
@@ -65,8 +66,7 @@ class Survey:
 
     store: Store
     found: Sequence[Found]
-    evaluations: Mapping[int, float]
-    """Loss after each evaluated step."""
+    evaluations: Evaluations
     newest_attempt: int
     living: str | None
     """Why a life of the run seems to be under way; None where none does."""
@@ -124,12 +124,12 @@ def _found(store: Store, place: tuple[int, int], entries: Sequence[Entry]) -> Fo
     return Found(*place, entries, committed=True, manifest=manifest)
 
 
-def _evaluations(store: Store, found: Sequence[Found]) -> dict[int, float]:
+def _evaluations(store: Store, found: Sequence[Found]) -> dict[int, Evaluation]:
     """From the manifests, a newer one's word before an older one's; and what came after the last save, from the log."""
-    evaluations: dict[int, float] = {}
+    evaluations: dict[int, Evaluation] = {}
     for each in reversed([each for each in found if each.manifest]):
         assert each.manifest is not None
-        evaluations |= {int(step): loss for step, loss in each.manifest["evaluations"].items()}
+        evaluations |= from_manifest(each.manifest)
     try:
         log = store.read(METRICS, start=0)  # as a part, since it may be growing: no checksum would hold
     except NotFound:
@@ -137,8 +137,8 @@ def _evaluations(store: Store, found: Sequence[Found]) -> dict[int, float]:
     for line in log.decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
-            if "eval_loss" in record:
-                evaluations[int(record["step"])] = float(record["eval_loss"])
+            if "eval_loss" in record or "eval_accuracy" in record:
+                evaluations[int(record["step"])] = Evaluation(record.get("eval_loss"), record.get("eval_accuracy"))
         except (ValueError, KeyError, TypeError):  # a line that is being written, or was cut off by a kill
             continue
     return evaluations
@@ -166,6 +166,7 @@ def _row(found: Found, survey: Survey) -> dict[str, Any]:
         state = "damaged" if found.manifest is None else "committed"
     else:
         state = "unfinished" if survey.living and found.attempt == survey.newest_attempt else "leftover"
+    evaluation = survey.evaluations.get(found.step, Evaluation())
     return {
         "step": found.step,
         "attempt": found.attempt,
@@ -174,7 +175,8 @@ def _row(found: Found, survey: Survey) -> dict[str, Any]:
         "written": found.updated.isoformat(),
         "age_seconds": round((_now() - found.updated).total_seconds(), 1),
         "mesh": None if found.manifest is None else found.manifest.get("mesh"),
-        "evaluation_loss": survey.evaluations.get(found.step),
+        "evaluation_loss": evaluation.loss,
+        "evaluation_accuracy": evaluation.accuracy,
         "newest": found in survey.sound[:1],
         "best": found.place == survey.best,
         "faults": list(found.faults),
@@ -184,9 +186,9 @@ def _row(found: Found, survey: Survey) -> dict[str, Any]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return ["no checkpoints"]
-    lines = [("step", "attempt", "state", "size", "age", "mesh", "eval loss", "")]
+    lines = [("step", "attempt", "state", "size", "age", "mesh", "eval loss", "accuracy", "")]
     for row in rows:
-        loss = row["evaluation_loss"]
+        loss, accuracy = row["evaluation_loss"], row["evaluation_accuracy"]
         lines.append(
             (
                 str(row["step"]),
@@ -196,6 +198,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 _duration(timedelta(seconds=row["age_seconds"])),
                 _mesh(row["mesh"]),
                 "-" if loss is None else f"{loss:.4f}",
+                "-" if accuracy is None else f"{accuracy:.1%}",
                 ", ".join(name for name in ("newest", "best") if row[name]),
             )
         )
@@ -310,7 +313,7 @@ def plan_prune(seen: Survey, keep: int) -> dict[tuple[int, int], Fate]:
             superseded = found.attempt < seen.newest_attempt
             return Fate(not superseded, "never committed" + ("" if superseded else ", but of the newest attempt"))
         if found.place in best:
-            return Fate(True, f"the best by evaluation, loss {seen.evaluations[found.step]:.4f}")
+            return Fate(True, f"the best by evaluation, {seen.evaluations[found.step]}")
         if found.manifest is None or found.place in rotten:
             return Fate(found.place >= oldest, "damaged")
         if found.place < oldest:

@@ -101,6 +101,9 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "save_steps": 0,
         "save_minutes": 0,
         "eval_steps": 0,
+        "eval_samples": 0,
+        "eval_max_new_tokens": 1,
+        "per_device_eval_batch_size": 1,
         "preemption_grace": 0,
         "weight_decay": 0,
         "max_grad_norm": 0,
@@ -151,10 +154,13 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"--eval-dataset-name {config.eval_dataset_name} and --validation-size {config.validation_size:g} both "
             "name the evaluation data: keep one"
         )
-    if config.eval_steps and not (config.eval_dataset_name or config.validation_size):
+    if config.eval_steps and not (config.eval_dataset_name or config.validation_size or config.eval_samples):
         faults.append(
-            f"--eval-steps {config.eval_steps} has nothing to evaluate: add --eval-dataset-name or --validation-size"
+            f"--eval-steps {config.eval_steps} has nothing to evaluate: add --eval-dataset-name or --validation-size "
+            "for the loss, --eval-samples for the accuracy"
         )
+    if config.eval_task and not config.eval_samples:
+        faults.append(f"--eval-task {config.eval_task} is not asked anything: say of how many problems, --eval-samples")
     if config.global_batch_size is not None and config.gradient_accumulation_steps != 1:
         faults.append(
             f"--global-batch-size {config.global_batch_size} and --gradient-accumulation-steps "

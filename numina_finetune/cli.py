@@ -90,6 +90,7 @@ def _train(config: str | None, **given: Any) -> int:
     launch.prepare_environment(name)
 
     from numina_finetune.checkpoint.preemption import StopNotice
+    from numina_finetune.evaluation import in_loop
     from numina_finetune.train.run import check, train
 
     with StopNotice(run_config.preemption_grace) as notice:
@@ -97,13 +98,14 @@ def _train(config: str | None, **given: Any) -> int:
             check(run_config, name)
         except ConfigError as error:
             faults += error.problems
+        faults += in_loop.faults(run_config)
         if faults:
             raise ConfigError(dict.fromkeys(faults))  # the same dataset twice is the same fault once
         if run_config.metadata_url != "none":
             notice.watch_metadata(run_config.metadata_url, can_migrate=not launch.tpu_attached())
         if os.environ.get("RANK", "0") == "0":
             print(f"backend {name} ({reason})", flush=True)
-        return int(train(run_config, _backend_factory(name), notice))
+        return int(train(run_config, _backend_factory(name), notice, in_loop.make_evaluator))
 
 
 def _prepare(config: str | None, **given: Any) -> int:
@@ -275,7 +277,7 @@ def quickstart(
     launch.prepare_environment("native")
     from numina_finetune.quickstart import run_quickstart
 
-    return run_quickstart(output_dir)
+    return run_quickstart(output_dir, _backend_factory("native"))
 
 
 @app.command()

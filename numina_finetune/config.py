@@ -240,7 +240,7 @@ class RunConfig:
         0.0, "Minutes between checkpoints, besides --save-steps; 0 = no clock.", "Output", identity=False
     )
     save_total_limit: int = option(
-        3, "Committed checkpoints kept; the best by evaluation loss besides.", "Output", identity=False
+        3, "Committed checkpoints kept; the best by evaluation (accuracy, else loss) besides.", "Output", identity=False
     )
     async_save: bool = option(
         True,
@@ -267,8 +267,25 @@ class RunConfig:
         "Output",
         identity=False,
     )
-    eval_steps: int = option(
-        0, "Optimizer steps between evaluations of the loss; 0 = only at the end.", "Output", identity=False
+    eval_steps: int = option(0, "Optimizer steps between evaluations; 0 = only at the end.", "Output", identity=False)
+    eval_samples: int = option(
+        0,
+        "Problems that the model answers at each evaluation, the same ones each time; 0 = none, so only the loss.",
+        "Output",
+        identity=False,
+    )
+    eval_task: str | None = option(
+        None,
+        "Whose problems --eval-samples takes: gsm8k, math500, synthetic-gsm8k or a dataset of questions and answers; "
+        "those of the evaluation dataset, or held-out ones of synthetic-gsm8k where it is trained on, if unset.",
+        "Output",
+        identity=False,
+    )
+    eval_max_new_tokens: int = option(
+        512, "--eval-samples: tokens after which an answer is cut.", "Output", identity=False
+    )
+    per_device_eval_batch_size: int = option(
+        8, "--eval-samples: problems that a device answers at a time.", "Output", identity=False
     )
     logging_steps: int = option(10, "Optimizer steps between log lines.", "Output", identity=False)
     profile_steps: str | None = option(

@@ -83,8 +83,8 @@ def evaluate(
     records = run_batches(
         task.asked,
         _solve(options, model, prompts, backend),
-        done,
-        record,
+        done=done,
+        record=record,
         samples=options.samples,
         rows=options.batch_size,
         seed=options.seed,

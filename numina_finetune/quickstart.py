@@ -14,18 +14,17 @@ import subprocess
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from numina_finetune.config import RunConfig, SourceConfig, flag
-from numina_finetune.data.chat import render_prompt
-from numina_finetune.data.synthetic import generate_problems
+from numina_finetune.data.sources import SYNTHETIC
 from numina_finetune.errors import ConfigError, ExitCode
-from numina_finetune.evaluation.accuracy import AccuracyReport, exact_match
-from numina_finetune.models.load import load_model
+from numina_finetune.evaluate_command import MakeBackend, evaluate, run_compare
+from numina_finetune.evaluation.options import EvaluateOptions
+from numina_finetune.evaluation.scoring import Figures as Accuracy
+from numina_finetune.models.load import open_model
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.plots import plot_loss, read_lives
 
@@ -49,8 +48,8 @@ class StageFailed(Exception):
 class Figures:
     """What the quickstart measured, written to ``quickstart.json``."""
 
-    before: AccuracyReport | None = None
-    after: AccuracyReport | None = None
+    before: Accuracy | None = None
+    after: Accuracy | None = None
     parameters: int = 0
     steps: int = 0
     preempted_at: int | None = None
@@ -59,11 +58,14 @@ class Figures:
     """Wall-clock time of each stage."""
 
 
-def run_quickstart(output_dir: Path, *, steps: int | None = None, test_problems: int = TEST_PROBLEMS) -> int:
+def run_quickstart(
+    output_dir: Path, make_backend: MakeBackend, *, steps: int | None = None, test_problems: int = TEST_PROBLEMS
+) -> int:
     """Run every stage and say what happened.
 
     Args:
         output_dir: gets the run's folder.
+        make_backend: the native one, which evaluates.
         steps: optimizer steps in all; fewer than the default prove the plumbing, not the learning.
         test_problems: held-out problems of each evaluation.
 
@@ -80,7 +82,7 @@ def run_quickstart(output_dir: Path, *, steps: int | None = None, test_problems:
     figures = Figures(steps=config.max_steps)
     started = time.monotonic()
     try:
-        _stages(config, run, test_problems, figures)
+        _stages(config, run, make_backend, test_problems, figures)
     except StageFailed as failure:
         print(f"\nThe quickstart failed: {failure}", flush=True)
         return ExitCode.CRASHED
@@ -129,17 +131,16 @@ def command_line(config: RunConfig) -> list[str]:
     return options
 
 
-def _stages(config: RunConfig, run: Path, test_problems: int, figures: Figures) -> None:
-    tokenizer = load_tokenizer(config)
-    problems = generate_problems("test", count=test_problems)
-    evaluate = partial(_evaluate, tokenizer=tokenizer, problems=problems)
+def _stages(config: RunConfig, run: Path, make_backend: MakeBackend, test_problems: int, figures: Figures) -> None:
+    model, _ = open_model(config, load_tokenizer(config))
+    figures.parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Matrices this small gain nothing from more threads, which wait for one another wherever a core is busy.
+    torch.set_num_threads(1)
+    evaluations = run / "evaluations"
 
     _say(f"1. The untrained model on {test_problems} held-out problems, greedily:")
     with _Timed(figures, "evaluation before"):
-        model = load_model(config, tokenizer)
-        figures.parameters = sum(parameter.numel() for parameter in model.parameters())
-        figures.before = evaluate(model)
-    print(f"   {figures.before.summary}")
+        figures.before = _evaluate(config.model_name, test_problems, evaluations / "before", make_backend)
 
     half = config.max_steps // 2
     _say(f"2. Training on {DEVICES} virtual XLA devices, until SIGTERM arrives after about {half} steps:")
@@ -157,8 +158,8 @@ def _stages(config: RunConfig, run: Path, test_problems: int, figures: Figures) 
 
     _say(f"4. The exported model on the same {test_problems} problems:")
     with _Timed(figures, "evaluation after"):
-        figures.after = evaluate(AutoModelForCausalLM.from_pretrained(run / "model"))
-    print(f"   {figures.after.summary}")
+        figures.after = _evaluate(str(run / "model"), test_problems, evaluations / "after", make_backend)
+    run_compare(str(evaluations / "before"), str(evaluations / "after"), str(evaluations))
     plot_loss(
         run / "metrics.jsonl",
         run / "loss.png",
@@ -167,21 +168,18 @@ def _stages(config: RunConfig, run: Path, test_problems: int, figures: Figures) 
     )
 
 
-def _evaluate(
-    model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]]
-) -> AccuracyReport:
-    # Training's attention knows packed rows but no cache.
-    model.set_attn_implementation("sdpa")
-    # Matrices this small gain nothing from more threads, which wait for one another wherever a core is busy.
-    torch.set_num_threads(1)
-    return exact_match(
-        model,
-        tokenizer,
-        problems,
-        prompt_ids=lambda question: render_prompt([{"role": "user", "content": question}], tokenizer),
-        batch_size=min(EVALUATION_BATCH, len(problems)),
+def _evaluate(model: str, test_problems: int, folder: Path, make_backend: MakeBackend) -> Accuracy | None:
+    """What ``numina-finetune evaluate --task synthetic-gsm8k`` does."""
+    options = EvaluateOptions(
+        model=model,
+        task=SYNTHETIC,
+        max_problems=test_problems,
         max_new_tokens=LONGEST_ANSWER,
+        batch_size=min(EVALUATION_BATCH, test_problems),
+        backend="native",
+        output_dir=str(folder),
     )
+    return evaluate(options, make_backend)
 
 
 def _start(config: RunConfig) -> subprocess.Popen[bytes]:
@@ -253,9 +251,12 @@ def _verdict(figures: Figures, run: Path) -> int:
         raise AssertionError("a verdict needs both evaluations")
     passed = after.lower > REQUIRED_ACCURACY
     rows = [
-        ("held-out problems", f"{after.n}"),
+        ("held-out problems", f"{after.problems}"),
         ("always the commonest answer", f"{after.majority:.1%}"),
-        ("exact match before training", f"{before.accuracy:.1%}"),
+        (
+            "exact match before training",
+            f"{before.accuracy:.1%}  (95% interval {before.lower:.1%} to {before.upper:.1%})",
+        ),
         ("exact match after training", f"{after.accuracy:.1%}  (95% interval {after.lower:.1%} to {after.upper:.1%})"),
         ("preempted and resumed at step", f"{figures.preempted_at} of {figures.steps}"),
         ("seconds", f"{figures.seconds['total']:.0f}"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from numina_finetune.checkpoint.attempts import attempt_numbers
+from numina_finetune.checkpoint.evaluations import Evaluations, best_of, to_manifest
 from numina_finetune.checkpoint.layout import (
     CHECKPOINTS,
     COMMITTED,
@@ -52,8 +52,7 @@ class Policy:
 
     facts: Mapping[str, Any]
     """What the manifest says: mesh, data key, versions."""
-    evaluations: Mapping[int, float]
-    """Loss after each evaluated step."""
+    evaluations: Evaluations
     keep: int
     """Committed checkpoints that stay; the best one besides."""
     before: Callable[[], None]
@@ -81,7 +80,7 @@ def commit(save: Save, policy: Policy, go_on: Callable[[], None], patience: floa
         "attempt": save.attempt,
         "hosts": save.hosts,
         **policy.facts,
-        "evaluations": {str(step): loss for step, loss in policy.evaluations.items()},
+        **to_manifest(policy.evaluations),
         "files": {name: vars(file) for name, file in files.items()},
     }
     entry = save.store.write_json(save.prefix + MANIFEST, manifest, if_generation=0)
@@ -143,12 +142,6 @@ def prune(save: Save, policy: Policy) -> None:
         if place not in kept and (place[1] == own or (newest_attempt and place[1] < own)):
             delete_checkpoint(store, place, names)
     store.sweep()
-
-
-def best_of(committed: Iterable[tuple[int, int]], evaluations: Mapping[int, float]) -> list[tuple[int, int]]:
-    """The committed checkpoint with the lowest loss, the earlier one of equals; none where none was evaluated."""
-    evaluated = [place for place in committed if math.isfinite(evaluations.get(place[0], math.nan))]
-    return [min(evaluated, key=lambda place: (evaluations[place[0]], place))] if evaluated else []
 
 
 def delete_checkpoint(store: Store, place: tuple[int, int], names: Iterable[str]) -> None:

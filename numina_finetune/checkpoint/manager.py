@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from numina_finetune.checkpoint.commit import Policy, Save, commit, prune
+from numina_finetune.checkpoint.evaluations import Evaluation, from_manifest
 from numina_finetune.checkpoint.reading import Checkpoint, Unsound, none_left, say_damaged
 from numina_finetune.checkpoint.state import StateDoor
 from numina_finetune.checkpoint.upload import Captured, confirm_host, report_failure, upload_host
@@ -75,7 +76,7 @@ class CheckpointManager:
         self._store, self._attempt, self._door, self._processes = store, attempt, door, processes
         self._hosts, self._keep, self._facts = hosts, keep, dict(facts)
         self._asynchronous, self._remaining, self._before_commit = asynchronous, remaining, before_commit
-        self._evaluations: dict[int, float] = {}
+        self._evaluations: dict[int, Evaluation] = {}
         self._flight: _Flight | None = None
         self._saved: list[Saved] = []
         self.committed_step: int | None = None
@@ -187,9 +188,9 @@ class CheckpointManager:
             damage += faults
         raise none_left(candidates[0], damage)
 
-    def note_evaluation(self, step: int, loss: float) -> None:
-        """The loss after ``step``: of the checkpoints that are evaluated, the best one stays."""
-        self._evaluations[step] = loss
+    def note_evaluation(self, step: int, loss: float | None, accuracy: float | None = None) -> None:
+        """How good the state after ``step`` is: of the checkpoints that are evaluated, the best one stays."""
+        self._evaluations[step] = Evaluation(loss, accuracy)
 
     def drain(self) -> list[Saved]:
         """What the saves committed since the last time cost."""
@@ -205,7 +206,7 @@ class CheckpointManager:
             return error.faults[0]
         except (Damaged, NotFound) as error:
             return f"{error}"
-        self._evaluations = {int(step): loss for step, loss in opened.manifest["evaluations"].items()}
+        self._evaluations = from_manifest(opened.manifest)
         return None
 
     def _note(self, flight: _Flight) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numina_finetune.evaluation.answers import Style, answers_match, extract_answer, majority_baseline
-from numina_finetune.evaluation.intervals import wilson_interval
 from numina_finetune.evaluation.generation import generate_greedy
+from numina_finetune.evaluation.intervals import wilson_interval
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from numina_finetune.evaluation.tasks import Problem, Problems
 def run_batches(
     asked: Problems,
     solve: Solve,
-    done: Sequence[Record],
-    record: Callable[[Sequence[Record]], None],
     *,
+    done: Sequence[Record] = (),
+    record: Callable[[Sequence[Record]], None] = lambda graded: None,
     samples: int,
     rows: int,
     seed: int,

@@ -94,13 +94,17 @@ class Report:
         self._step_seconds += [speed["seconds_per_step"]] * count
         self._show(metrics[-1], learning_rates[-1], speed)
 
-    def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Record the evaluation loss after ``step``."""
-        record = {"step": step, "eval_loss": loss, "eval_tokens": tokens, "life": self._life}
+    def log_evaluation(self, step: int, figures: Mapping[str, float], line: str) -> None:
+        """Record what the evaluation after ``step`` found.
+
+        Args:
+            figures: by name, each beginning with ``eval_``.
+            line: the same for a person.
+        """
         if self._active:
-            self._write(record)
-            self._accelerator.log({"eval_loss": loss}, step=step)
-            self._say(f"step {step}/{self._total}  evaluation loss {loss:.4f} over {tokens} tokens")
+            self._write({"step": step, **figures, "life": self._life})
+            self._accelerator.log(dict(figures), step=step)
+            self._say(f"step {step}/{self._total}  {line}")
         self._since = time.monotonic()
 
     def log_checkpoint(self, saved: Saved) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from numina_finetune import launch
 from numina_finetune.checkpoint.attempts import Attempt, open_attempt
@@ -34,6 +34,7 @@ from numina_finetune.models.load import base_fingerprint, load_config, load_gene
 from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
+from numina_finetune.train.accuracy import MeasureAccuracy
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.batch import plan_batch, plan_steps
 from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place
@@ -62,6 +63,8 @@ from numina_finetune.train.trainer import Plan, Trainer
 logger = logging.getLogger(__name__)
 
 MakeBackend = Callable[[RunConfig], Backend]
+MakeEvaluator = Callable[[RunConfig, Backend, PreTrainedTokenizerBase, GenerationConfig], MeasureAccuracy]
+"""What measures the accuracy of the model that a backend holds."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,14 @@ def check(config: RunConfig, backend: str) -> None:
         raise ConfigError(faults)
 
 
-def train(config: RunConfig, make_backend: MakeBackend, notice: StopNotice) -> ExitCode:
-    """Run or resume; what became of it is also written to ``attempts/{n}/outcome.json``."""
+def train(
+    config: RunConfig, make_backend: MakeBackend, notice: StopNotice, make_evaluator: MakeEvaluator | None = None
+) -> ExitCode:
+    """Run or resume; what became of it is also written to ``attempts/{n}/outcome.json``.
+
+    Args:
+        make_evaluator: makes what ``--eval-samples`` asks for.
+    """
     backend = make_backend(config)
     _say(backend, backend.device_description)
     if config.dry_run:
@@ -106,7 +115,7 @@ def train(config: RunConfig, make_backend: MakeBackend, notice: StopNotice) -> E
     place.folder.mkdir(parents=True, exist_ok=True)
     number = backend.processes.broadcast(open_attempt(place.store).number if backend.process_index == 0 else None)
     attempt = Attempt(number, place.store, backend.process_index)
-    life = _Life(config, backend, place, attempt, Progress(), notice)
+    life = _Life(config, backend, place, attempt, Progress(), notice, make_evaluator)
     try:
         finished = life.run()
     except BaseException as error:
@@ -127,6 +136,7 @@ class _Life:
     attempt: Attempt
     progress: Progress
     notice: StopNotice
+    make_evaluator: MakeEvaluator | None = None
     checkpoints: CheckpointManager | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -174,7 +184,11 @@ class _Life:
         if candidates:
             checkpoint = self.checkpoints.load(candidates)
             _say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
-        finished = self._train(data, plan, self.checkpoints, flops)
+        measure = None
+        if config.eval_samples and self.make_evaluator is not None:
+            generation = load_generation_config(config, model.config)
+            measure = self.make_evaluator(config, backend, tokenizer, generation)
+        finished = self._train(data, plan, self.checkpoints, flops, measure)
         _say(backend, backend.summary())
         if finished:
             self._export(tokenizer, data)
@@ -204,7 +218,14 @@ class _Life:
             seconds=checkpoints.seconds if checkpoints else {},
         )
 
-    def _train(self, data: Data, plan: Plan, checkpoints: CheckpointManager, flops: TokenFlops) -> bool:
+    def _train(
+        self,
+        data: Data,
+        plan: Plan,
+        checkpoints: CheckpointManager,
+        flops: TokenFlops,
+        measure: MeasureAccuracy | None,
+    ) -> bool:
         config, backend = self.config, self.backend
         if config.trackers:
             self._start_trackers(data)
@@ -233,6 +254,7 @@ class _Life:
             checkpoints=checkpoints,
             report=report,
             notice=self.notice,
+            measure=measure,
         )
         try:
             return trainer.run()

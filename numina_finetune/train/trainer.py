@@ -13,6 +13,7 @@ from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch, Loader
 from numina_finetune.errors import TrainingDiverged
+from numina_finetune.train.accuracy import MeasureAccuracy
 from numina_finetune.train.backend import Backend, DeviceMetrics
 from numina_finetune.train.batch import BatchPlan
 from numina_finetune.train.optim import learning_rate_at
@@ -51,9 +52,10 @@ class Trainer:
         checkpoints: CheckpointManager,
         report: Report,
         notice: StopNotice,
+        measure: MeasureAccuracy | None = None,
     ) -> None:
         self._config, self._backend, self._plan = config, backend, plan
-        self._train_rows, self._eval_rows = train_rows, eval_rows
+        self._train_rows, self._eval_rows, self._measure = train_rows, eval_rows, measure
         self._progress, self._checkpoints, self._report, self._notice = progress, checkpoints, report, notice
         self._saved_step, self._saved_at = progress.step, time.monotonic()
         self._pending: list[tuple[DeviceMetrics, float]] = []
@@ -155,12 +157,29 @@ class Trainer:
             self._report.log_checkpoint(saved)
 
     def _evaluate(self) -> None:
-        """The loss over the whole evaluation set, in rows of the training shape."""
-        if self._eval_rows is None:
+        """Of the evaluation set, the loss and the accuracy, as far as there is one to measure."""
+        if self._eval_rows is None and self._measure is None:
             return
         self._log()
-        rows, total = self._plan.batch.rows_per_micro_batch, self._eval_rows.rows_per_epoch
-        shares = (self._share(self._eval_rows, first, rows, total) for first in range(0, total, rows))
+        figures: dict[str, float] = {}
+        said: list[str] = []
+        loss, accuracy = None, None
+        if self._eval_rows is not None:
+            loss, tokens = self._evaluation_loss(self._eval_rows)
+            figures |= {"eval_loss": loss, "eval_tokens": tokens}
+            said.append(f"evaluation loss {loss:.4f} over {tokens} tokens")
+        if self._measure is not None:
+            accuracy = self._measure(lambda: self._backend.processes.any(self._notice.wanted))
+            if accuracy is None:  # the next life of the run evaluates, if it begins at this step
+                return
+            figures |= accuracy.figures
+            said.append(f"{accuracy}")
+        self._report.log_evaluation(self._progress.step, figures, "  ".join(said))
+        self._checkpoints.note_evaluation(self._progress.step, loss, accuracy.share if accuracy else None)
+
+    def _evaluation_loss(self, evaluated: Loader) -> tuple[float, int]:
+        """Mean loss over the whole evaluation set, in rows of the training shape, and its supervised tokens."""
+        rows, total = self._plan.batch.rows_per_micro_batch, evaluated.rows_per_epoch
+        shares = (self._share(evaluated, first, rows, total) for first in range(0, total, rows))
         loss, tokens = self._backend.evaluate(self._backend.put_batch(share) for share in shares)
-        self._report.log_evaluation(self._progress.step, loss / max(tokens, 1), tokens)
-        self._checkpoints.note_evaluation(self._progress.step, loss / max(tokens, 1))
+        return loss / max(tokens, 1), tokens

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from numina_finetune.evaluation import answers_match, extract_answer
-from numina_finetune.evaluation.answers import majority_baseline, same_in_harness
+from numina_finetune.evaluation.answers import majority_baseline
 from numina_finetune.evaluation.intervals import wilson_interval
 from tests.conftest import real_data
 
