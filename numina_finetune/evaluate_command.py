@@ -20,7 +20,7 @@ from numina_finetune.evaluation.prompts import PromptOptions, Prompts
 from numina_finetune.evaluation.results import ResultFolder, read_results
 from numina_finetune.evaluation.run import progress_line, reports, run_batches, summarise
 from numina_finetune.evaluation.scoring import Figures, Record, figures
-from numina_finetune.evaluation.solving import Solve, solve_directly, whole_batch
+from numina_finetune.evaluation.solving import Solve, solve_directly
 from numina_finetune.evaluation.tasks import Problem, Problems, chosen, find_task, load_examples, load_problems
 from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend, Decoding
@@ -87,7 +87,6 @@ def evaluate(
         record=record,
         samples=options.samples,
         rows=options.batch_size,
-        seed=options.seed,
         stop=lambda: backend.processes.any(stop()),
     )
     if records is None:
@@ -147,7 +146,7 @@ def _solve(options: EvaluateOptions, model: EvaluatedModel, prompts: Prompts, ba
         max_new_tokens=options.max_new_tokens,
         stop_ids=prompts.stop_ids(model.generation),
         pad_id=int(model.tokenizer.pad_token_id),
-        batch_size=whole_batch(options.batch_size, backend.data_parallel_size),
+        batch_size=options.batch_size,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,

@@ -55,7 +55,7 @@ def make_evaluator(
     solve = solve_directly(prompts, backend.generate, decoding)
 
     def measure(stop: Callable[[], bool]) -> Accuracy | None:
-        records = run_batches(asked, solve, samples=1, rows=rows, seed=config.seed, stop=stop)
+        records = run_batches(asked, solve, samples=1, rows=rows, stop=stop)
         if records is None:
             return None
         found = figures(records, asked.style)

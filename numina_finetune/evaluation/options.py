@@ -85,11 +85,9 @@ class EvaluateOptions:
     def settings(self) -> dict[str, Any]:
         """What decides the results, so that it must not change while an evaluation goes on.
 
-        Devices do not; and what is decoded together does where it is drawn at random only.
+        Devices do not, and what is decoded together does not.
         """
-        free = {f.name for f in fields(self) if f.metadata["group"] in ("Devices", "Output")}
-        if self.temperature == 0:
-            free |= {"batch_size", "top_p", "top_k"}
+        free = {f.name for f in fields(self) if f.metadata["group"] in ("Devices", "Output")} | {"batch_size"}
         if self.tools is None:
             free |= {f.name for f in fields(self) if f.metadata["group"] == "Tools"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

@@ -15,8 +15,8 @@ from numina_finetune.evaluation.tasks import Problem
 KINDS = ("chat", "completion")
 NEXT_QUESTION = "Question:"
 """Where a completion goes on to a question of its own, as the harness ends it (``lm_eval/tasks/gsm8k/gsm8k.yaml``)."""
-_SEEN_TOKENS = 16
-"""The newest tokens, in which the text that ends a completion is looked for."""
+_SEEN_TOKENS = 64
+"""The newest tokens, in which the text that ends a completion is looked for: more than come between two looks."""
 _TURN_ENDS = {"qwen3": ("<|im_end|>",), "harmony": ("<|return|>", "<|call|>"), "template": ()}
 """What ends the model's turn, besides what the tokenizer and the generation settings name."""
 _MESSAGE = "<|message|>"

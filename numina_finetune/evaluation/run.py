@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,12 @@ def run_batches(
     record: Callable[[Sequence[Record]], None] = lambda graded: None,
     samples: int,
     rows: int,
-    seed: int,
     stop: Callable[[], bool],
 ) -> list[Record] | None:
     """Solve what is not done yet.
 
-    The batches are the same in every life of an evaluation, and a batch of which a part is missing is solved again as a
-    whole, so that what is drawn at random does not depend on where an earlier life was cut. Collective.
+    All attempts at a problem are made in one batch. What is drawn at random depends on the seed and the prompt alone,
+    so that it is all the same what stands beside it in a batch, and where an earlier life was cut. Collective.
 
     Args:
         done: records of earlier lives, the same on every process.
@@ -44,14 +44,12 @@ def run_batches(
     """
     records = {one.problem.id: one for one in done}
     styles = measured_styles(asked.style)
-    for number, batch in enumerate(_batches(asked.problems, max(1, rows // samples))):
-        missing = [place for place, problem in enumerate(batch) if problem.id not in records]
-        if not missing:
-            continue
+    missing = [problem for problem in asked.problems if problem.id not in records]
+    for batch in _batches(missing, max(1, rows // samples)):
         if stop():
             return None
-        attempts = solve([problem for problem in batch for _ in range(samples)], seed + number)
-        graded = [grade(batch[place], attempts[place * samples : (place + 1) * samples], styles) for place in missing]
+        attempts = iter(solve([problem for problem in batch for _ in range(samples)]))
+        graded = [grade(problem, list(islice(attempts, samples)), styles) for problem in batch]
         record(graded)
         records |= {one.problem.id: one for one in graded}
     return [records[problem.id] for problem in asked.problems]

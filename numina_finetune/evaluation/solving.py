@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 from numina_finetune.evaluation.prompts import Prompts
 from numina_finetune.evaluation.tasks import Problem
@@ -27,25 +26,18 @@ class Attempt:
     """With tools: what became of each call: ok, error, timeout or killed."""
 
 
-Solve = Callable[[Sequence[Problem], int], list[Attempt]]
-"""One attempt at each problem of a batch, by a seed that the batch's randomness comes from."""
+Solve = Callable[[Sequence[Problem]], list[Attempt]]
+"""One attempt at each problem of a batch; of those that stand there several times, different ones if they are drawn."""
 
 
 def solve_directly(prompts: Prompts, generate: Generate, decoding: Decoding) -> Solve:
     """A model that answers in one go."""
 
-    def solve(problems: Sequence[Problem], seed: int) -> list[Attempt]:
-        asked = [prompts.ids(problem.question) for problem in problems]
-        rows = generate(asked, replace(decoding, seed=seed), prompts.ended)
-        return [Attempt(prompts.text(row), len(row), _stopped(row)) for row in rows]
+    def solve(problems: Sequence[Problem]) -> list[Attempt]:
+        rows = generate([prompts.ids(problem.question) for problem in problems], decoding, prompts.ended)
+        return [Attempt(prompts.text(row), len(row), stopped(row)) for row in rows]
 
-    def _stopped(row: list[int]) -> Literal["answered", "length"]:
-        ended = bool(row) and (row[-1] in decoding.stop_ids or prompts.ended(row))
-        return "answered" if ended else "length"
+    def stopped(row: list[int]) -> str:
+        return "answered" if row[-1] in decoding.stop_ids or prompts.ended(row) else "length"
 
     return solve
-
-
-def whole_batch(rows: int, replicas: int) -> int:
-    """The rows, rounded up to as many as the replicas of the model can share equally."""
-    return -(-rows // replicas) * replicas
