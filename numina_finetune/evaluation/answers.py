@@ -22,7 +22,7 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 BOX = re.compile(r"\\boxed\s*\{")
 IGNORED = re.compile(r",|\$|(?s:.*)#### |\.$")
 """What the harness deletes from both answers before it compares them."""
-_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?P<mark>,|\{,\}|\\[,!]| )\d{3}(?:(?P=mark)\d{3})*|\d+)?(?:\.\d*)?")
+_NUMBER = re.compile(r"[+-]?(?:[1-9]\d{0,2}(?P<mark>,|\{,\}|\\[,!]| )\d{3}(?:(?P=mark)\d{3})*|\d+)?(?:\.\d*)?")
 """A number, perhaps with a mark between thousands; digits may be missing altogether."""
 
 
