@@ -11,6 +11,7 @@ from typing import Any
 from numina_finetune.config import RunConfig
 from numina_finetune.data.chat import ChatOptions
 from numina_finetune.data.dataset import tokenizer_hash
+from numina_finetune.data.tir import PYTHON_TOOL
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluated_model import EvaluatedModel, find_model
 from numina_finetune.evaluation.compare import compare
@@ -19,8 +20,9 @@ from numina_finetune.evaluation.page import html_comparison, markdown_comparison
 from numina_finetune.evaluation.prompts import PromptOptions, Prompts
 from numina_finetune.evaluation.results import ResultFolder, read_results
 from numina_finetune.evaluation.run import progress_line, reports, run_batches, summarise
+from numina_finetune.evaluation.sandbox import Limits, Minimum, require
 from numina_finetune.evaluation.scoring import Figures, Record, figures
-from numina_finetune.evaluation.solving import Solve, solve_directly
+from numina_finetune.evaluation.solving import Solve, Tools, solve_directly, solve_with_python
 from numina_finetune.evaluation.tasks import Problem, Problems, chosen, find_task, load_examples, load_problems
 from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend, Decoding
@@ -58,6 +60,8 @@ def evaluate(
     Returns:
         The headline figures; None if it was to stop before its end.
     """
+    if options.tools:
+        require(Minimum(options.sandbox_minimum))
     model, task = find_model(options), _load(options)
     prompts = _prompts(options, model, task.examples)
     _refuse_too_long(options, model, task.asked, prompts)
@@ -138,7 +142,8 @@ def _load(options: EvaluateOptions) -> _Asked:
 def _prompts(options: EvaluateOptions, model: EvaluatedModel, examples: Sequence[Problem]) -> Prompts:
     chat = ChatOptions(options.chat_family, options.chat_date, options.reasoning_effort)
     how = PromptOptions(options.prompt, options.instruction, options.system_prompt, chat)
-    return Prompts(model.tokenizer, how, examples)
+    called = options.tools is not None and options.tir_style == "tool_calls"
+    return Prompts(model.tokenizer, how, examples, [PYTHON_TOOL] if called else None)
 
 
 def _solve(options: EvaluateOptions, model: EvaluatedModel, prompts: Prompts, backend: Backend) -> Solve:
@@ -152,7 +157,19 @@ def _solve(options: EvaluateOptions, model: EvaluatedModel, prompts: Prompts, ba
         top_k=options.top_k,
         seed=options.seed,
     )
-    return solve_directly(prompts, backend.generate, decoding)
+    if options.tools is None:
+        return solve_directly(prompts, backend.generate, decoding)
+    tools = Tools(options.tir_style, options.max_rounds, _limits(options))
+    return solve_with_python(prompts, backend.generate, decoding, tools, backend.processes)
+
+
+def _limits(options: EvaluateOptions) -> Limits:
+    return Limits(
+        wall_seconds=options.tool_seconds,
+        memory=options.tool_memory_mb << 20,
+        output_chars=options.tool_output_chars,
+        minimum=Minimum(options.sandbox_minimum),
+    )
 
 
 def _refuse_too_long(options: EvaluateOptions, model: EvaluatedModel, asked: Problems, prompts: Prompts) -> None:

@@ -13,6 +13,8 @@ from numina_finetune.config import BACKENDS, CHAT_FAMILIES, EXPERTS, PRECISIONS,
 PROMPTS = ("chat", "completion")
 STYLES = ("gsm8k", "gsm8k-flexible", "boxed")
 TOOLS = ("python",)
+MINIMUMS = ("isolated", "filtered", "none")
+"""See :class:`numina_finetune.evaluation.sandbox.Minimum`."""
 _DECODED_TOGETHER = 32
 
 
@@ -69,6 +71,14 @@ class EvaluateOptions:
     tools: str | None = option(None, "Tools that the model may call: python.", "Tools")
     tir_style: str = option("tool_calls", "How it calls python: tool_calls, or text (code blocks).", "Tools")
     max_rounds: int = option(8, "Calls in one attempt.", "Tools")
+    tool_seconds: float = option(10.0, "Of one call, by the clock.", "Tools")
+    tool_memory_mb: int = option(1024, "Of one problem's interpreter.", "Tools")
+    tool_output_chars: int = option(200, "Of a result that the model is shown.", "Tools")
+    sandbox_minimum: str = option(
+        "isolated",
+        f"Protections without which no code is run: {', '.join(MINIMUMS)} (limits of resources alone).",
+        "Tools",
+    )
     backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices")
     mesh: str | None = option(None, 'Devices along each axis, such as "fsdp=4,tensor=2".', "Devices")
     experts: str = option("auto", f"Of models with experts: {', '.join(EXPERTS)}.", "Devices")
@@ -113,6 +123,7 @@ class EvaluateOptions:
             "reasoning_effort": REASONING_EFFORTS,
             "tools": (*TOOLS, None),
             "tir_style": TIR_STYLES,
+            "sandbox_minimum": MINIMUMS,
             "backend": BACKENDS,
             "experts": EXPERTS,
         }
@@ -136,6 +147,8 @@ class EvaluateOptions:
             "seed": 0,
             "batch_size": 1,
             "max_rounds": 1,
+            "tool_memory_mb": 1,
+            "tool_output_chars": 1,
         }
         faults = [
             f"{flag(name)} {getattr(self, name)} is too small: use {bound} or more"
@@ -146,6 +159,8 @@ class EvaluateOptions:
             faults.append(f"--max-problems {self.max_problems} is too small: use 1 or more")
         if not (0 <= self.temperature < math.inf):
             faults.append(f"--temperature {self.temperature} is out of range: use 0 (the likeliest token) or more")
+        if not 0 < self.tool_seconds < math.inf:
+            faults.append(f"--tool-seconds {self.tool_seconds} is out of range: use more than 0")
         if not 0 < self.top_p <= 1:
             faults.append(f"--top-p {self.top_p} is out of range: use more than 0, up to 1")
         return faults
@@ -162,6 +177,12 @@ class EvaluateOptions:
             ]
         if self.shots_file and not self.shots:
             faults.append(f"--shots-file {self.shots_file} is not read: say how many examples with --shots")
+        if self.tools is None:
+            faults += [
+                f"{flag(f.name)} {getattr(self, f.name)} is about calls of tools: add --tools python"
+                for f in fields(self)
+                if f.metadata["group"] == "Tools" and getattr(self, f.name) != f.default
+            ]
         if self.prompt == "completion":
             faults += [
                 f"{flag(name)} has no place in --prompt completion: leave it out, or use --prompt chat"

@@ -50,12 +50,12 @@ class Prompts:
             examples: solved ones, as earlier turns of the chat or as text.
             tools: that the model may call, in a chat.
         """
-        self._tokenizer, self._options, self._examples, self._tools = tokenizer, options, list(examples), tools
+        self.tokenizer, self.options, self._examples, self._tools = tokenizer, options, list(examples), tools
         self._family = resolve_family(tokenizer, options.chat.family)
 
     def conversation(self, question: str) -> Conversation:
         """The chat up to the question."""
-        system, instruction = self._options.system_prompt, self._options.instruction
+        system, instruction = self.options.system_prompt, self.options.instruction
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
         def asked(text: str) -> Message:
@@ -71,37 +71,37 @@ class Prompts:
         Raises:
             DataError: the chat layout has no place for something in the conversation.
         """
-        if self._options.kind == "chat":
+        if self.options.kind == "chat":
             chat = self.conversation(question)
-            return render_prompt(chat.messages, self._tokenizer, tools=chat.tools, options=self._options.chat)
-        parts = [self._options.instruction] if self._options.instruction else []
+            return render_prompt(chat.messages, self.tokenizer, tools=chat.tools, options=self.options.chat)
+        parts = [self.options.instruction] if self.options.instruction else []
         parts += [f"{NEXT_QUESTION} {example.question}\nAnswer: {example.solution}" for example in self._examples]
         text = "\n\n".join([*parts, f"{NEXT_QUESTION} {question}\nAnswer:"])
-        return [int(token) for token in self._tokenizer(text)["input_ids"]]
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
     def stop_ids(self, generation: GenerationConfig) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's, the generation settings', and the chat layout's own."""
         configured = generation.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
-        known = self._tokenizer.get_added_vocab()
+        known = self.tokenizer.get_added_vocab()
         ends = [known[name] for name in _TURN_ENDS[self._family] if name in known]
-        return frozenset(int(token) for token in [*ids, self._tokenizer.eos_token_id, *ends] if token is not None)
+        return frozenset(int(token) for token in [*ids, self.tokenizer.eos_token_id, *ends] if token is not None)
 
     def ended(self, tokens: list[int]) -> bool:
         """Whether an answer has ended that no stop token ended: a completion that asks the next question."""
-        if self._options.kind == "chat":
+        if self.options.kind == "chat":
             return False
-        return NEXT_QUESTION in self._tokenizer.decode(tokens[-_SEEN_TOKENS:], skip_special_tokens=True)
+        return NEXT_QUESTION in self.tokenizer.decode(tokens[-_SEEN_TOKENS:], skip_special_tokens=True)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that new tokens are: of Harmony's messages the last one, of a completion what it is asked for."""
-        if self._options.kind == "completion":
+        if self.options.kind == "completion":
             return self._decoded(tokens).partition(NEXT_QUESTION)[0].strip()
         if self._family == "harmony":
-            message = self._tokenizer.get_added_vocab()[_MESSAGE]
+            message = self.tokenizer.get_added_vocab()[_MESSAGE]
             start = max((place + 1 for place, token in enumerate(tokens) if token == message), default=0)
             tokens = tokens[start:]
         return self._decoded(tokens).strip()
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from numina_finetune.data.conversation import Conversation, Message
 from numina_finetune.evaluation.prompts import Prompts
+from numina_finetune.evaluation.rounds import Transcript, solve_with_tools
+from numina_finetune.evaluation.sandbox import Limits
 from numina_finetune.evaluation.tasks import Problem
+from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import Decoding, Ended
 
 Generate = Callable[[Sequence[Sequence[int]], Decoding, Ended | None], list[list[int]]]
 """``Backend.generate``."""
+_RESULT = re.compile(r"(?<=```output\n).*?(?:```\n?|$)", re.DOTALL)
+"""What is put into the output blocks of a turn, up to their ends."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +27,25 @@ class Attempt:
     """What a model wrote."""
 
     text: str
+    """What is graded: its last turn."""
     tokens: int
-    """That it wrote, the one that ended it included."""
+    """That it wrote, the one that ended it included; with tools, those of the text that it wrote."""
     stopped: str
     """``answered``, ``length`` (it was cut), or with tools ``max_rounds`` or ``malformed call``."""
     rounds: tuple[str, ...] = ()
-    """With tools: what became of each call: ok, error, timeout or killed."""
+    """With tools: what became of each call: ok, error, timeout, killed or malformed."""
+    work: str = ""
+    """With tools: what led to the text, code and results."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """How a model may call python."""
+
+    style: str
+    """``tool_calls`` or ``text``, see :mod:`.rounds`."""
+    max_rounds: int
+    limits: Limits
 
 
 Solve = Callable[[Sequence[Problem]], list[Attempt]]
@@ -41,3 +63,65 @@ def solve_directly(prompts: Prompts, generate: Generate, decoding: Decoding) -> 
         return "answered" if row[-1] in decoding.stop_ids or prompts.ended(row) else "length"
 
     return solve
+
+
+def solve_with_python(
+    prompts: Prompts, generate: Generate, decoding: Decoding, tools: Tools, processes: ProcessGroup
+) -> Solve:
+    """A model whose calls of python are run, by the first of the processes, and answered."""
+
+    def bound(asked: Sequence[Sequence[int]], ended: Ended | None) -> list[list[int]]:
+        return generate(asked, decoding, ended)
+
+    def once(work: Callable[[], Any]) -> Any:
+        return processes.broadcast(work() if processes.index == 0 else None)
+
+    def solve(problems: Sequence[Problem]) -> list[Attempt]:
+        talks = [prompts.conversation(problem.question) for problem in problems]
+        transcripts = solve_with_tools(
+            talks,
+            bound,
+            prompts.tokenizer,
+            chat=prompts.options.chat,
+            style=tools.style,
+            max_rounds=tools.max_rounds,
+            limits=tools.limits,
+            once=once,
+        )
+        return [_attempt(prompts, talk, found) for talk, found in zip(talks, transcripts, strict=True)]
+
+    return solve
+
+
+def _attempt(prompts: Prompts, talk: Conversation, found: Transcript) -> Attempt:
+    said = found.messages[len(talk.messages) :]
+    written = [_written(message) for message in said if message["role"] == "assistant"]
+    return Attempt(
+        found.text.strip(),
+        sum(len(ids) for ids in prompts.tokenizer(written)["input_ids"]) if written else 0,
+        found.stopped,
+        found.outcomes,
+        "\n".join(_shown(message) for message in said[:-1]),
+    )
+
+
+def _written(message: Message) -> str:
+    """What the model itself wrote of an assistant's message: results between its code are not its own."""
+    content = _RESULT.sub("", message.get("content") or "")
+    return content + "".join(call["function"]["arguments"] for call in message.get("tool_calls", ()))
+
+
+def _shown(message: Message) -> str:
+    """A message of the work for a person."""
+    if message["role"] == "tool":
+        return f"```output\n{message['content']}\n```"
+    calls = [f"```python\n{_code(call['function']['arguments'])}\n```" for call in message.get("tool_calls", ())]
+    return "\n".join(filter(None, [message.get("content"), *calls]))
+
+
+def _code(arguments: str) -> str:
+    """The code of a call; of a malformed one, what it says."""
+    try:
+        return str(json.loads(arguments)["code"])
+    except (ValueError, KeyError, TypeError):
+        return arguments

@@ -11,7 +11,10 @@ import pytest
 from numina_finetune import quickstart
 from numina_finetune.checks import config_faults
 from numina_finetune.errors import ConfigError, ExitCode
-from numina_finetune.evaluation.accuracy import score
+from numina_finetune.evaluation.scoring import Figures, figures, grade
+from numina_finetune.evaluation.solving import Attempt
+from numina_finetune.evaluation.tasks import Problem
+from numina_finetune.torch_native.backend import NativeBackend
 from numina_finetune.train.plots import plot_loss, read_lives, smooth
 
 
@@ -19,6 +22,13 @@ def write_metrics(path: Path, records: list[tuple[int, int, float]], tail: str =
     lines = [json.dumps({"step": step, "life": life, "loss": loss}) + "\n" for step, life, loss in records]
     path.write_text("".join(lines) + tail, encoding="utf-8")
     return path
+
+
+def accuracy(right: int, problems: int) -> Figures:
+    """Of a model that answers so many problems right."""
+    asked = Problem("0", "1?", "1", "#### 1")
+    texts = ["#### 1"] * right + ["?"] * (problems - right)
+    return figures([grade(asked, [Attempt(text, 1, "answered")], ["gsm8k"]) for text in texts], "gsm8k")
 
 
 def test_its_settings_are_free_of_faults_and_its_command_says_each_of_them(tmp_path: Path) -> None:
@@ -33,22 +43,21 @@ def test_its_settings_are_free_of_faults_and_its_command_says_each_of_them(tmp_p
 def test_a_folder_with_an_earlier_quickstart_is_refused_rather_than_continued(tmp_path: Path) -> None:
     (tmp_path / "tiny-qwen3").mkdir()
     with pytest.raises(ConfigError, match="already holds a quickstart"):
-        quickstart.run_quickstart(tmp_path)
+        quickstart.run_quickstart(tmp_path, NativeBackend)
 
 
 @pytest.mark.parametrize(("right", "code"), [(240, ExitCode.DONE), (130, ExitCode.CRASHED)])
 def test_it_succeeds_only_where_the_interval_lies_above_one_half(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], right: int, code: ExitCode
 ) -> None:
-    gold = ["#### 1"] * 256
-    figures = quickstart.Figures(
-        before=score(gold, ["?"] * 256),
-        after=score(gold, gold[:right] + ["#### 2"] * (256 - right)),
+    measured = quickstart.Figures(
+        before=accuracy(0, 256),
+        after=accuracy(right, 256),
         preempted_at=20,
         steps=40,
         seconds={"total": 1.0},
     )
-    assert quickstart._verdict(figures, tmp_path) == code
+    assert quickstart._verdict(measured, tmp_path) == code
     assert ("not proven" in capsys.readouterr().out) is (code != ExitCode.DONE)
 
 
