@@ -12,7 +12,7 @@ from numina_finetune.config import RunConfig
 from numina_finetune.data.chat import ChatOptions
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.tir import PYTHON_TOOL
-from numina_finetune.errors import ConfigError, ExitCode
+from numina_finetune.errors import ConfigError, ExitCode, UserError
 from numina_finetune.evaluated_model import EvaluatedModel, find_model
 from numina_finetune.evaluation.compare import compare
 from numina_finetune.evaluation.options import EvaluateOptions
@@ -60,9 +60,7 @@ def evaluate(
     Returns:
         The headline figures; None if it was to stop before its end.
     """
-    if options.tools:
-        require(Minimum(options.sandbox_minimum))
-    model, task = find_model(options), _load(options)
+    model, task = _all_of(options)
     prompts = _prompts(options, model, task.examples)
     _refuse_too_long(options, model, task.asked, prompts)
     settings = _settings(options, model, task)
@@ -129,6 +127,27 @@ class _Asked:
 
     asked: Problems
     examples: list[Problem]
+
+
+def _all_of(options: EvaluateOptions) -> tuple[EvaluatedModel, _Asked]:
+    """What the options name, found.
+
+    Raises:
+        ConfigError: everything that is not there.
+    """
+    needed: dict[str, Callable[[], Any]] = {"model": lambda: find_model(options), "task": lambda: _load(options)}
+    if options.tools:
+        needed["sandbox"] = lambda: require(Minimum(options.sandbox_minimum))
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, find in needed.items():
+        try:
+            found[name] = find()
+        except UserError as error:
+            faults += error.problems
+    if faults:
+        raise ConfigError(faults)
+    return found["model"], found["task"]
 
 
 def _load(options: EvaluateOptions) -> _Asked:

@@ -55,8 +55,10 @@ def test_what_a_model_cannot_take_is_refused_before_it_is_loaded(
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert evaluate("--model", str(tmp_path / "adapter"), *TINY[2:], "--output-dir", str(tmp_path / "out")) == 2
     assert "holds adapters alone" in capsys.readouterr().err
-    assert evaluate("--model", str(tmp_path), *TINY[2:], "--output-dir", str(tmp_path / "out")) == 2
-    assert "there is no run" in capsys.readouterr().err
+    nowhere = ("--model", str(tmp_path), "--task", "nowhere.jsonl", "--backend", "native")
+    assert evaluate(*nowhere, "--output-dir", str(tmp_path / "out")) == 2
+    told = capsys.readouterr().err
+    assert "there is no run" in told and "--task nowhere.jsonl does not exist" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -97,9 +97,9 @@ def test_only_storage_knows_google_cloud() -> None:
     ("name", "forbidden"),
     [
         ("data", ["torch", "accelerate", *own("models", "train", "xla", "torch_native", "checkpoint")]),
-        ("models", own("train", "xla", "torch_native", "data.loader")),
-        ("train", own("xla", "torch_native", "cli")),
-        ("checkpoint", own("train", "models", "xla", "torch_native", "cli")),
+        ("models", own("train", "xla", "torch_native", "evaluation", "data.loader")),
+        ("train", own("xla", "torch_native", "evaluation", "cli")),
+        ("checkpoint", own("train", "models", "xla", "torch_native", "evaluation", "cli")),
         ("spot", ["torch", "accelerate", *own("train", "models", "xla", "torch_native", "evaluation", "cli")]),
         ("evaluation", own("xla", "torch_native", "cli")),
         ("run_report", own("xla", "torch_native", "evaluation", "sweep", "cli")),

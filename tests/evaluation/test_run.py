@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from numina_finetune.errors import ConfigError
+from numina_finetune.evaluation import results
 from numina_finetune.evaluation.answers import Style
 from numina_finetune.evaluation.compare import Comparison, compare
 from numina_finetune.evaluation.page import html_comparison, length_bars, markdown_comparison
@@ -17,6 +18,7 @@ from numina_finetune.evaluation.run import reports, run_batches, summarise
 from numina_finetune.evaluation.scoring import Record, figures, grade, measured_styles
 from numina_finetune.evaluation.solving import Attempt
 from numina_finetune.evaluation.tasks import Problem, Problems
+from tests.gcs import gcs
 
 PROBLEMS_ASKED = [
     Problem(str(number), f"{number} + 1 = ?", str(number + 1), f"#### {number + 1}") for number in range(10)
@@ -45,7 +47,7 @@ class Solver:
         ]
 
 
-def evaluated(folder: Path, solver: Solver, *, asked: Problems = ASKED, samples: int = 1) -> list[Record]:
+def evaluated(folder: Path | str, solver: Solver, *, asked: Problems = ASKED, samples: int = 1) -> list[Record]:
     """One life of an evaluation of ``asked`` in batches of 3."""
     place = ResultFolder(str(folder))
     place.refuse_other(SETTINGS)
@@ -68,6 +70,23 @@ def test_a_killed_evaluation_goes_on_behind_its_last_whole_line(tmp_path: Path) 
     assert records == evaluated(tmp_path / "whole", Solver(6))
     assert len((tmp_path / "cut" / PROBLEMS).read_text(encoding="utf-8").splitlines()) == 10
     assert read_results(str(tmp_path / "cut")).summary == read_results(str(tmp_path / "whole")).summary
+
+
+def test_in_a_bucket_it_goes_on_behind_the_last_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native_here: None
+) -> None:
+    with gcs() as service:
+        url = f"{service.url}/{tmp_path.parent.name}/results"
+        with pytest.raises(Killed):
+            evaluated(url, Solver(6, dies_after=1))  # too short a life for a copy
+        monkeypatch.setattr(results, "PUBLISH_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            evaluated(url, Solver(6, dies_after=3))
+        last = Solver(6)
+        records = evaluated(url, last)
+        assert last.calls == 1, "the second life did 9 of 10 problems, and each batch was copied"
+        found = read_results(url)
+        assert sorted(found.records, key=lambda record: record.problem.id) == records and found.summary is not None
 
 
 def test_a_finished_evaluation_asks_nothing_again(tmp_path: Path) -> None:
