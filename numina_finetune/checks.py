@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import date
 from urllib.parse import urlsplit
@@ -72,11 +73,7 @@ def _not_among(config: RunConfig) -> list[str]:
         "reasoning_effort": REASONING_EFFORTS,
         "overlong": OVERLONG,
     }
-    faults = [
-        f"{flag(name)} {getattr(config, name)!r} is unknown: use one of {', '.join(choices)}"
-        for name, choices in allowed.items()
-        if getattr(config, name) not in choices
-    ]
+    faults = choice_faults(config, allowed)
     faults += [
         f"--report-to {name!r} is unknown: use {', '.join(TRACKERS)}"
         for name in config.report_to.split(",")
@@ -112,11 +109,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "seed": 0,
         "lora_rank": 0,
     }
-    faults = [
-        f"{flag(name)} {getattr(config, name)} is too small: use {bound:g} or more"
-        for name, bound in at_least.items()
-        if not getattr(config, name) >= bound or not math.isfinite(getattr(config, name))
-    ]
+    faults = bound_faults(config, at_least)
     if not 0 <= config.warmup_ratio <= 1:
         faults.append(f"--warmup-ratio {config.warmup_ratio} is out of range: use a share from 0 to 1")
     for name in ("adam_beta1", "adam_beta2"):
@@ -192,6 +185,24 @@ def _contradictions(config: RunConfig) -> list[str]:
     if run_id is not None and (not run_id.strip() or "/" in run_id or run_id.startswith(".")):
         faults.append(f"--run-id {config.run_id!r} cannot name a folder: use letters, digits, - and _")
     return faults
+
+
+def choice_faults(options: object, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
+    """The options whose values are not among the allowed ones; None among them means that one may be unset."""
+    return [
+        f"{flag(name)} {getattr(options, name)!r} is unknown: use one of {', '.join(filter(None, choices))}"
+        for name, choices in allowed.items()
+        if getattr(options, name) not in choices
+    ]
+
+
+def bound_faults(options: object, at_least: Mapping[str, float]) -> list[str]:
+    """The options whose numbers are too small, or no numbers."""
+    return [
+        f"{flag(name)} {getattr(options, name)} is too small: use {bound:g} or more"
+        for name, bound in at_least.items()
+        if not getattr(options, name) >= bound or not math.isfinite(getattr(options, name))
+    ]
 
 
 def _is_range(text: str) -> bool:

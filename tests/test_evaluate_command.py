@@ -88,26 +88,18 @@ def test_examples_and_completions_are_evaluated(tmp_path: Path) -> None:
     assert summary(tmp_path / "out")["settings"]["examples"].startswith("2, sha256")
 
 
+@pytest.mark.usefixtures("native_here")
 def test_a_run_its_export_and_its_best_checkpoint_are_evaluated_alike(tmp_path: Path) -> None:
     options = ("--max-steps", "4", "--save-steps", "2", "--eval-steps", "2", "--validation-size", "8")
     run = train(tmp_path / "runs", *options, "--backend", "native", env=environment())
     assert run.code == 0, run.output
-    figures = {}
+    few = (*TINY[2:], "--max-problems", "8")
     for name, model in (("run", run.run), ("export", run.run / "model"), ("best", run.run)):
-        folder = tmp_path / name
         checkpoint = ("--checkpoint", "best") if name == "best" else ()
-        command = ["evaluate", "--model", str(model), *TINY[2:], "--max-problems", "8", *checkpoint]
-        result = subprocess.run(
-            [sys.executable, "-m", "numina_finetune", *command, "--output-dir", str(folder)],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        figures[name] = (folder / "problems.jsonl").read_text(encoding="utf-8")
-    assert figures["run"] == figures["export"]
+        assert evaluate("--model", str(model), *few, *checkpoint, "--output-dir", str(tmp_path / name)) == 0
+    said = [(tmp_path / name / "problems.jsonl").read_text(encoding="utf-8") for name in ("run", "export")]
+    assert said[0] == said[1]
+    assert summary(tmp_path / "run")["settings"]["checkpoint"] == "step 4, attempt 1"
     assert summary(tmp_path / "best")["settings"]["checkpoint"].startswith("step ")
 
 

@@ -20,7 +20,8 @@ def wilson_interval(correct: float, n: int) -> tuple[float, float]:
     share, spread = correct / n, Z_95**2 / n
     centre = share + spread / 2
     half = Z_95 * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding may put an end beyond the share itself
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from numina_finetune.checks import is_date
+from numina_finetune.checks import bound_faults, choice_faults, is_date
 from numina_finetune.config import BACKENDS, CHAT_FAMILIES, EXPERTS, PRECISIONS, REASONING_EFFORTS, TIR_STYLES, flag
 
 PROMPTS = ("chat", "completion")
@@ -127,11 +127,7 @@ class EvaluateOptions:
             "backend": BACKENDS,
             "experts": EXPERTS,
         }
-        faults = [
-            f"{flag(name)} {getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, choices))}"
-            for name, choices in allowed.items()
-            if getattr(self, name) not in choices
-        ]
+        faults = choice_faults(self, allowed)
         if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
             faults.append(f"--checkpoint {self.checkpoint!r} is unknown: use newest, best or a step's number")
         if not is_date(self.chat_date):
@@ -146,19 +142,14 @@ class EvaluateOptions:
             "samples": 1,
             "seed": 0,
             "batch_size": 1,
+            "temperature": 0,
             "max_rounds": 1,
             "tool_memory_mb": 1,
             "tool_output_chars": 1,
         }
-        faults = [
-            f"{flag(name)} {getattr(self, name)} is too small: use {bound} or more"
-            for name, bound in at_least.items()
-            if getattr(self, name) < bound
-        ]
+        faults = bound_faults(self, at_least)
         if self.max_problems is not None and self.max_problems < 1:
             faults.append(f"--max-problems {self.max_problems} is too small: use 1 or more")
-        if not (0 <= self.temperature < math.inf):
-            faults.append(f"--temperature {self.temperature} is out of range: use 0 (the likeliest token) or more")
         if not 0 < self.tool_seconds < math.inf:
             faults.append(f"--tool-seconds {self.tool_seconds} is out of range: use more than 0")
         if not 0 < self.top_p <= 1:
