@@ -134,7 +134,6 @@ def _placed_as(options: EvaluateOptions, precision: str) -> dict[str, Any]:
         "scan_layers": options.scan_layers,
         "attention": "torch",
         "remat": "none",
-        "output_dir": options.output_dir,
     }
 
 

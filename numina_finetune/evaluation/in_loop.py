@@ -23,7 +23,7 @@ from numina_finetune.train.backend import Backend, Decoding
 
 def faults(config: RunConfig) -> list[str]:
     """What is wrong with ``--eval-samples``, before anything expensive; nothing where it is not asked for."""
-    if not config.eval_samples:
+    if config.eval_samples < 1 or not config.model_name:
         return []
     try:
         asked, tokenizer = _problems(config), load_tokenizer(config)

@@ -65,25 +65,30 @@ class Trainer:
 
     def run(self) -> bool:
         """Train until the last step (True) or until any process is asked to stop (False); saved either way."""
-        if self._evaluation_due():  # a life that ended between its last save and the evaluation
-            self._evaluate()
+        # A life that ended between its last save and the evaluation leaves it to the next one.
+        if self._evaluation_due() and not self._evaluate():
+            return self._stop()
         while self._progress.step < self._plan.total_steps:
             if self._backend.processes.any(self._notice.wanted):
-                self._notice.follow(self._backend.processes.gather(self._notice.told))
-                self._profile.close()
-                self._save(wait=True)
-                return False
+                return self._stop()
             self._train_step()
             if self._progress.step % self._config.logging_steps == 0:
                 self._log()
             if self._save_due():
                 self._save()
-            if self._evaluation_due():
-                self._evaluate()
+            if self._evaluation_due() and not self._evaluate():
+                return self._stop()
         self._profile.close()
         self._checkpoints.finish()
         self._report_saves()
         return True
+
+    def _stop(self) -> bool:
+        """Save, as any process was asked to stop."""
+        self._notice.follow(self._backend.processes.gather(self._notice.told))
+        self._profile.close()
+        self._save(wait=True)
+        return False
 
     def _save_due(self) -> bool:
         step, config = self._progress.step, self._config
@@ -156,10 +161,10 @@ class Trainer:
         for saved in self._checkpoints.drain():
             self._report.log_checkpoint(saved)
 
-    def _evaluate(self) -> None:
-        """Of the evaluation set, the loss and the accuracy, as far as there is one to measure."""
+    def _evaluate(self) -> bool:
+        """The loss and the accuracy, as far as there is something to measure; False if told to stop on the way."""
         if self._eval_rows is None and self._measure is None:
-            return
+            return True
         self._log()
         figures: dict[str, float] = {}
         said: list[str] = []
@@ -170,12 +175,13 @@ class Trainer:
             said.append(f"evaluation loss {loss:.4f} over {tokens} tokens")
         if self._measure is not None:
             accuracy = self._measure(lambda: self._backend.processes.any(self._notice.wanted))
-            if accuracy is None:  # the next life of the run evaluates, if it begins at this step
-                return
+            if accuracy is None:
+                return False
             figures |= accuracy.figures
             said.append(f"{accuracy}")
         self._report.log_evaluation(self._progress.step, figures, "  ".join(said))
         self._checkpoints.note_evaluation(self._progress.step, loss, accuracy.share if accuracy else None)
+        return True
 
     def _evaluation_loss(self, evaluated: Loader) -> tuple[float, int]:
         """Mean loss over the whole evaluation set, in rows of the training shape, and its supervised tokens."""
