@@ -26,7 +26,7 @@ from numina_finetune.evaluation.solving import Solve, Tools, solve_directly, sol
 from numina_finetune.evaluation.tasks import Problem, Problems, chosen, find_task, load_examples, load_problems
 from numina_finetune.storage import open_store
 from numina_finetune.train.backend import Backend, Decoding
-from numina_finetune.train.record import versions
+from numina_finetune.train.provenance import versions
 
 MakeBackend = Callable[[RunConfig], Backend]
 

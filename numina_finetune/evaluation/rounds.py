@@ -22,12 +22,11 @@ from numina_finetune.data.tir import PYTHON_TOOL
 from numina_finetune.errors import DataError
 from numina_finetune.evaluation.sandbox import Execution, Limits, Sandbox, require, run_all
 from numina_finetune.evaluation.turns import TurnReader, code_of
+from numina_finetune.train.backend import Ended
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Ended = Callable[[list[int]], bool]
-"""Whether a row's new tokens end it, although no stop token does."""
 Generate = Callable[[Sequence[Sequence[int]], Ended | None], list[list[int]]]
 """New tokens for each prompt; ``Backend.generate`` with its ``Decoding`` bound."""
 Executions = list[list[Execution]]
