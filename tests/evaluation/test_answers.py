@@ -132,7 +132,6 @@ def test_the_harness_compares_as_text() -> None:
 
 DISAGREEMENTS = {
     ("1,22", "1.22"),
-    ("0,111", "0.111"),
     (r"$(\begin{pmatrix}\frac{1}{3}\\ \frac{1}{5} \end{pmatrix})$", r"$\begin{pmatrix}0.33\\0.2 \end{pmatrix}$"),
     ("4, 10, -2", "10, 4, -2"),
     ("4, .1, 2", "0.1, 4, 2"),
@@ -145,7 +144,7 @@ DISAGREEMENTS = {
 """Why each of them, says docs/evaluation.md."""
 
 
-def test_verdicts_on_latex_agree_with_the_recorded_ones_but_for_ten_that_are_explained() -> None:
+def test_verdicts_on_latex_agree_with_the_recorded_ones_but_for_nine_that_are_explained() -> None:
     path = real_data() / "answer_check" / "answer_pairs.jsonl"
     pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     differing = {
