@@ -174,8 +174,10 @@ def _advice_lines(plan: Plan) -> Iterable[str]:
             told = "advice: none of the batches that were compiled fits with this remat policy and mesh"
         else:
             refused = f"; {batch.too_large} was refused" if batch.too_large else ""
+            rows = plan.requested.config.global_batch_size
+            bound = f", of those that make up the global batch of {rows} rows," if rows else ""
             told = (
-                f"advice: the largest batch that fits is {batch.largest.candidate.batch} "
+                f"advice: the largest batch that fits{bound} is {batch.largest.candidate.batch} "
                 f"({_gb(batch.largest.peak_bytes)}, compiled){refused}"
             )
         if not batch.settled and batch.reckoned is not None:

@@ -85,6 +85,12 @@ def test_the_report_names_memory_costs_bound_and_advice(asked: Any) -> None:
     assert f"the largest batch that fits is {ROOM}" in out
 
 
+def test_a_global_batch_bounds_the_advice_and_is_named_in_it(asked: Any) -> None:
+    """Eight rows a chip are all of 64 rows on eight chips, however much more would fit."""
+    _, out, _ = asked("--per-device-train-batch-size", "8", "--global-batch-size", "64")
+    assert "the largest batch that fits, of those that make up the global batch of 64 rows, is 8 " in out
+
+
 def test_json_has_the_keys_that_machines_read(asked: Any) -> None:
     code, out, _ = asked("--per-device-train-batch-size", "8", "--json", "--max-compilations", "1")
     told = json.loads(out)
