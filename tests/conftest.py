@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,9 @@ import pytest
 # Accelerate decides for or against XLA at its import, for as long as the process lives: the test module that imports it
 # first would decide for all tests of this process. XLA runs in processes of its own.
 os.environ["USE_TORCH_XLA"] = "false"
+# A shell lets what it starts in the background ignore Ctrl-C, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [

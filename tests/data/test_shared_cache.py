@@ -329,5 +329,5 @@ def test_stopping_the_builder_by_hand_frees_its_claim(
     builder = start(cloud, "a", build_seconds=600)
     until(lambda: builders(tmp_path))
     os.kill(builder.pid, signal.SIGINT)
-    assert builder.wait(120) != 0
+    assert builder.wait(30) != 0
     assert open_store(cloud).list() == []
