@@ -224,12 +224,14 @@ def _evaluate(**given: Any) -> int:
     devices = RunConfig(backend=options.backend)
     name, _ = launch.choose_backend(devices if options.backend in BACKENDS else RunConfig())
     launch.prepare_environment(name)
+    if faults := [*launch.faults(name), *options.faults()]:
+        raise ConfigError(faults)
 
     from numina_finetune.checkpoint.preemption import StopNotice
     from numina_finetune.evaluate_command import run_evaluate
 
     with StopNotice() as notice:
-        code = run_evaluate(options, _backend_factory(name), lambda: notice.wanted, launch.faults(name))
+        code = run_evaluate(options, _backend_factory(name), lambda: notice.wanted)
         return int(ExitCode.STOPPED if code == ExitCode.PREEMPTED and notice.signal == signal.SIGINT else code)
 
 

@@ -31,20 +31,16 @@ from numina_finetune.train.provenance import versions
 MakeBackend = Callable[[RunConfig], Backend]
 
 
-def run_evaluate(
-    options: EvaluateOptions, make_backend: MakeBackend, stop: Callable[[], bool], faults: list[str]
-) -> ExitCode:
+def run_evaluate(options: EvaluateOptions, make_backend: MakeBackend, stop: Callable[[], bool]) -> ExitCode:
     """Evaluate, or go on; the exit code says whether all problems are done.
 
     Args:
+        options: without faults.
         stop: whether to end after the batch at hand.
-        faults: of the environment, to be told with those of the options.
 
     Raises:
-        ConfigError, DataError, CheckpointError: everything that is wrong, before a device is touched.
+        ConfigError, DataError, CheckpointError: everything that is not there, before a device is touched.
     """
-    if faults := [*faults, *options.faults()]:
-        raise ConfigError(faults)
     found = evaluate(options, make_backend, stop)
     return ExitCode.PREEMPTED if found is None else ExitCode.DONE
 
