@@ -91,9 +91,8 @@ class MeshDecoder:
             self._read, Prompts(*map(self._put, prompts)), CachePass(whole=whole), new_tokens=new_tokens
         )
         rows.entries = self._place(rows.entries, "cache")
-        for name in ("token", "recent", "ended", "count"):  # small, and whole on every device: any host can read them
-            held = getattr(rows, name)
-            setattr(rows, name, self._constraints.mark(held, (None,) * held.ndim))
+        for name, held in self._whole(rows).items():
+            setattr(rows, name, held)
         self._batch = rows
         torch_xla.sync()
 
@@ -111,6 +110,11 @@ class MeshDecoder:
     def _rows(self) -> Rows:
         assert self._batch is not None, "begin() comes first"
         return self._batch
+
+    def _whole(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """What is small, whole on every device, so that any host can read it and no program splits it otherwise."""
+        held = {name: getattr(rows, name) for name in ("token", "recent", "ended", "count")}
+        return {name: self._constraints.mark(tensor, (None,) * tensor.ndim) for name, tensor in held.items()}
 
     def _read(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
         """Whole prompts are worth gathering the layers' weights, as in training; the output layer sees one token."""
