@@ -168,8 +168,8 @@ def saved_and_gone(training: Started, kind: str) -> Run:
 
 @pytest.mark.parametrize(
     "name",
-    # Those that a stop is tested with as well run to their end among the slow tests.
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("module", "accelerate") else name for name in FORMS],
+    # The plain command, and Accelerate's for TPUs: the others are among the slow tests.
+    [name if name in ("console", "accelerate-tpu") else pytest.param(name, marks=pytest.mark.slow) for name in FORMS],
 )
 def test_every_launch_form_trains_once_to_the_end(name: str, tmp_path: Path) -> None:
     form = FORMS[name]
@@ -186,10 +186,10 @@ def test_every_launch_form_trains_once_to_the_end(name: str, tmp_path: Path) -> 
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
 STOPS = [
-    pytest.param("module", "training"),
+    pytest.param("module", "training", marks=pytest.mark.slow),
     pytest.param("accelerate-config", "launcher"),
-    pytest.param("accelerate-tpu", "training"),
-    pytest.param("torchrun", "launcher"),
+    pytest.param("accelerate-tpu", "training", marks=pytest.mark.slow),
+    pytest.param("torchrun", "launcher", marks=pytest.mark.slow),
     pytest.param("console", "training", marks=pytest.mark.slow),
     pytest.param("accelerate-config", "training", marks=pytest.mark.slow),
     pytest.param("accelerate", "launcher", marks=pytest.mark.slow),

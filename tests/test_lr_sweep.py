@@ -283,6 +283,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "holds a sweep with --max-steps 60, this one has 61" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_notice_reaches_trials_side_by_side_which_save_and_the_sweep_says_preempted(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "out")
     bench.words += ["--parallel", "2", "--max-steps", "4000"]

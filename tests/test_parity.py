@@ -25,7 +25,7 @@ def native(folder: Path) -> Run:
     return run
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=4", pytest.param("data=2,tensor=2", marks=pytest.mark.slow)])
 def test_a_mesh_of_four_devices_follows_the_native_backend(folder: Path, native: Run, mesh: str) -> None:
     run = train(folder / mesh, *RUN, "--mesh", mesh, env=environment(devices=4))
     assert run.code == 0, run.output
@@ -33,7 +33,8 @@ def test_a_mesh_of_four_devices_follows_the_native_backend(folder: Path, native:
     assert "training-graph compilations: 1; host reads between log lines: 0" in run.output
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("fsdp=1", marks=pytest.mark.slow), "fsdp=2,expert=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=1", "fsdp=2,expert=2"])
 def test_gpt_oss_follows_the_native_backend_with_one_compilation_and_no_host_read(folder: Path, mesh: str) -> None:
     options = ("--model-name", "tiny-gpt-oss", "--global-batch-size", "4", "--logging-steps", "1", "--save-steps", "0")
     options = (*options, "--max-steps", "6", "--per-device-train-batch-size", "1")

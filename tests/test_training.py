@@ -73,6 +73,7 @@ def test_whole_epochs_end_by_themselves_and_report_the_evaluation_loss(tmp_path:
     assert 0.2 < held_out / report["tokens"] < 0.3, "two epochs see each training token exactly twice"
 
 
+@pytest.mark.slow
 def test_the_evaluation_loss_is_the_same_on_four_devices(tmp_path: Path, cache: str) -> None:
     runs = [
         train(
@@ -94,6 +95,7 @@ def test_the_evaluation_loss_is_the_same_on_four_devices(tmp_path: Path, cache: 
     assert "training-graph compilations: 1;" in runs[1].output
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_trained_on_from_its_folder(tmp_path: Path, cache: str) -> None:
     steps = ("--max-steps", "12", "--logging-steps", "1", "--save-steps", "0", "--per-device-train-batch-size", "8")
     first = train(tmp_path / "first", *steps, env=NATIVE)
@@ -118,7 +120,7 @@ def test_a_resume_does_not_need_the_base_weights(tmp_path: Path, cache: str) -> 
     assert resumed.losses == whole.losses
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_llama_trains_sharded_and_exports(tmp_path: Path, tied: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(TINY_TOKENIZER))
     config = LlamaConfig(

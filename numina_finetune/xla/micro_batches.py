@@ -30,10 +30,10 @@ class MicroBatches:
 
     def __init__(self, placed: Placed) -> None:
         specs = {id(parameter): placed.specs[name] for name, parameter in placed.parameters.items()}
-        self._module, self._constraints = placed.module, placed.constraints
+        self._both_ways, self._constraints = _BothWays(placed.module), placed.constraints
         self._trained: list[_Trained] = []
-        self._others: dict[str, torch.Tensor] = dict(placed.module.named_buffers())
-        for name, parameter in placed.module.named_parameters():
+        self._others: dict[str, torch.Tensor] = dict(self._both_ways.named_buffers())
+        for name, parameter in self._both_ways.named_parameters():
             if parameter.requires_grad:
                 self._trained.append(_Trained(name, parameter, specs[id(parameter)]))
             else:
@@ -48,11 +48,8 @@ class MicroBatches:
             The summed loss, and what the layers counted (see :mod:`.tally`).
         """
         if len(batches) == 1:
-            # Not around the backward pass as well: what is computed again there would be counted again.
-            with counting() as counted:
-                loss: torch.Tensor = self._module(**batches[0])
-            torch.autograd.backward(loss * scale)
-            return loss.detach(), counted
+            loss, counted = self._both_ways(batches[0], scale)
+            return loss, counted
         self._batch_names = tuple(batches[0])
         rows = [torch.stack([batch[name] for batch in batches]) for name in self._batch_names]
         with torch.no_grad():
@@ -77,13 +74,29 @@ class MicroBatches:
         leaves = [value.detach().requires_grad_() for value in values[: len(self._trained)]]
         held = dict(zip((each.name for each in self._trained), leaves, strict=True))
         held |= zip(self._others, values[len(self._trained) :], strict=True)
-        with torch.set_grad_enabled(True):
-            with counting() as counted:
-                batch = dict(zip(self._batch_names, rows, strict=True))
-                loss: torch.Tensor = torch.func.functional_call(self._module, held, kwargs=batch)
-            gradients = torch.autograd.grad(loss * scale, leaves)
+        batch = dict(zip(self._batch_names, rows, strict=True))
+        loss, counted = torch.func.functional_call(self._both_ways, held, (batch, scale))
         grown = [
-            self._constraints.mark(before + gradient, each.spec)
-            for before, gradient, each in zip(sums, gradients, self._trained, strict=True)
+            self._constraints.mark(before if leaf.grad is None else before + leaf.grad, each.spec)
+            for before, leaf, each in zip(sums, leaves, self._trained, strict=True)
         ]
-        return [total + loss.detach(), *grown], [torch.stack(counted).sum(0)] if counted else []
+        return [total + loss, *grown], [torch.stack(counted).sum(0)] if counted else []
+
+
+class _BothWays(nn.Module):
+    """A module's loss and its gradients in one call: what is computed again on the way back must see the same tensors
+    in the parameters' places as the way forward did.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: DeviceBatch, scale: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        """The loss, whose gradients times ``scale`` are in the parameters' ``grad``, and what the layers counted."""
+        with torch.set_grad_enabled(True):
+            # Not around the backward pass as well: what is computed again there would be counted again.
+            with counting() as counted:
+                loss: torch.Tensor = self.module(**batch)
+            torch.autograd.backward(loss * scale)
+        return loss.detach(), counted

@@ -168,6 +168,7 @@ def test_a_run_in_a_bucket_ends_as_one_in_a_folder(service: Gcs, machine: Path, 
     assert "nothing to do" in finish(bucket)
 
 
+@pytest.mark.slow
 def test_six_kills_in_six_phases_change_nothing(service: Gcs, machine: Path, undisturbed: Result) -> None:
     bucket = Bucket(service, machine, "six", environment())
     rng = random.Random(6)

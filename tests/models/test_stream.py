@@ -324,7 +324,9 @@ def test_weights_quantised_in_another_way_are_refused(tmp_path: Path, tokenizer:
         load_model(RunConfig(model_name=str(tmp_path)), tokenizer)
 
 
-@pytest.mark.parametrize("side", ["native", pytest.param("fsdp=2,expert=2", marks=pytest.mark.slow), "host 3 of 16"])
+@pytest.mark.parametrize(
+    "side", ["native", *(pytest.param(side, marks=pytest.mark.slow) for side in ("fsdp=2,expert=2", "host 3 of 16"))]
+)
 def test_besides_its_own_shards_less_than_the_largest_tensor_twice_is_in_memory(tmp_path: Path, side: str) -> None:
     """In a process of its own, by the kernel's count of the most that was ever resident."""
     result = subprocess.run(

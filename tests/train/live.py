@@ -74,19 +74,21 @@ def nonfinite(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
 
     from numina_finetune.models.load import load_model
     from numina_finetune.models.tokenizer import load_tokenizer
+    from numina_finetune.train.loss import CausalLoss
 
-    class Poisoned(torch.nn.Module):
-        def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-            return sound(**batch) * float("nan")
+    sound = CausalLoss.forward
+
+    def poisoned(self: CausalLoss, **batch: torch.Tensor) -> torch.Tensor:
+        return sound(self, **batch) * float("nan")
 
     backend: Any = _backend(config, name)
     backend.place(load_model(config, load_tokenizer(config)), config)
     first = backend.step([backend.put_batch(_rows(0, 4))], 1e-2)
     before = _digest(backend)
-    sound, backend._module = backend._module, Poisoned()
+    CausalLoss.forward = poisoned  # type: ignore[method-assign,assignment]
     skipped = backend.step([backend.put_batch(_rows(1, 4))], 1e-2)
     after = _digest(backend)
-    backend._module = sound
+    CausalLoss.forward = sound  # type: ignore[method-assign]
     last = backend.step([backend.put_batch(_rows(1, 4))], 1e-2)
     metrics = backend.read([first, skipped, last])
     return {"applied": [m.applied for m in metrics], "unchanged": before == after, "moved": _digest(backend) != after}

@@ -20,7 +20,7 @@ STEPS = ("--max-steps", "3", "--logging-steps", "1", "--save-steps", "0", "--pre
             ("--model-name", "tiny-gpt-oss", "--mesh", "fsdp=2,expert=2", "--lora-rank", "4", "--remat", "dots"),
             marks=pytest.mark.slow,
         ),
-        pytest.param(("--no-scan-layers", "--remat", "none"), marks=pytest.mark.slow),
+        pytest.param(("--no-scan-layers", "--remat", "full"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
