@@ -47,6 +47,8 @@ class _Naming(TorchDispatchMode):
 
     def enter(self, module: nn.Module, arguments: Any) -> None:
         if module not in self._names:
+            if not self._running:  # what calls the model is no part of it
+                return
             self._name_template(module)
         for tensor in arguments:
             if self._running and isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
@@ -58,6 +60,8 @@ class _Naming(TorchDispatchMode):
         self._scopes.append(_scope(self._running[-1][0]))
 
     def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if module not in self._names:
+            return
         name, _ = self._running.pop()
         self._scopes.pop()
         if self._running:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +72,8 @@ def test_a_step_with_adapters_is_traced_for_plan_with_frozen_weights_that_it_doe
     assert all("lora_" in one["name"] for one in arguments if one["kind"] == "optimizer")
     key = "model.layers.[0::1].self_attn.q_proj.lora_"
     assert weights[f"{key}A.weight"]["sharding"] != weights[f"{key}B.weight"]["sharding"]
+    named = set(
+        re.findall(r"module=(?:backward )?([\w.*]+)", gzip.decompress((tmp_path / "module").read_bytes()).decode())
+    )
+    assert {"CausalLoss", "model.model.layers.0.*.mlp.up_proj"} <= named, "operations carry the model's own names"
+    assert not any(name.startswith(".") for name in named), named
