@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from numina_finetune.evaluation.sandbox import Limits, Minimum, Outcome, Sandbox
 from numina_finetune.evaluation.sandbox.inside import seccomp, syscalls
 from numina_finetune.evaluation.sandbox.limits import truncated
 from numina_finetune.evaluation.sandbox.sandbox import LAYERS, RESTARTED, _keeper
+from tests.evaluation.tiers import missing as missing_here
 from tests.evaluation.tiers import usable
 
 
@@ -186,6 +189,14 @@ def test_sandboxes_go_on_after_the_keeper_has_died(sandbox: Sandbox) -> None:
     lost = sandbox.run("x")
     assert lost.outcome is Outcome.KILLED and RESTARTED in lost.output
     assert sandbox.run("1 + 1").output == "2\n"
+
+
+def test_a_machine_that_lets_others_have_namespaces_isolates_sandboxes_too() -> None:
+    """Else a fault of the sandbox would look like a machine's lack, and every test of isolation be skipped."""
+    kinds = ("--user", "--mount", "--pid", "--net", "--ipc", "--fork")
+    if not shutil.which("unshare") or subprocess.run(["unshare", *kinds, "true"], check=False).returncode:
+        pytest.skip("this machine gives no namespaces")
+    assert not re.search("namespaces|could not be started", missing_here(Minimum.ISOLATED))
 
 
 def test_too_little_protection_is_refused_and_what_is_missing_named() -> None:

@@ -28,6 +28,8 @@ def missing(tier: Minimum) -> str:
     try:
         found = protections(TIERS[tier])
     except ConfigError as error:
+        if "cannot be read by user" not in str(error):  # a fault of the sandbox, not of the machine
+            raise
         return str(error)
     return ", ".join(f"{name}: {found[name]}" for name in TIERS[tier] if found[name])
 
