@@ -1,6 +1,6 @@
 """One run, as plain frozen data: the command line's options, the YAML's keys, and the checks on them.
 
-``RunConfig`` is the single list of options: the command line is generated from its fields (``cli.py``), and a
+``RunConfig`` is the single list of options: the command line is generated from its fields (``cli/options.py``), and a
 YAML file uses the same names.
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from numina_finetune import cli
+from numina_finetune.cli import backends
 from tests.conftest import TINY, Run, environment, train
 
 Refused = Callable[..., str]
@@ -38,7 +39,7 @@ def refused(
         assert not (tmp_path / "cache").exists()
         return said.err
 
-    monkeypatch.setattr(cli, "_backend_factory", reached)
+    monkeypatch.setattr(backends, "factory", reached)
     return run
 
 

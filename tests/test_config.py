@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from numina_finetune.checks import config_faults
-from numina_finetune.cli_options import _SOURCE_OPTIONS, resolve_config
+from numina_finetune.cli.options import SOURCE_OPTIONS, resolve_config
 from numina_finetune.config import RunConfig, SourceConfig, load_yaml
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import default_mesh, with_model_defaults
@@ -186,7 +186,7 @@ def test_the_command_line_takes_a_models_defaults_and_a_file_says_all_itself(tmp
     file.write_text("model_name: openai/gpt-oss-120b\n")
 
     def resolved(path: str | None, **given: Any) -> RunConfig:
-        return resolve_config(path, {**dict.fromkeys(_SOURCE_OPTIONS), **given}, [])
+        return resolve_config(path, {**dict.fromkeys(SOURCE_OPTIONS), **given}, [])
 
     assert resolved(None, model_name="openai/gpt-oss-120b").max_seq_length == 4096
     assert resolved(str(file)).max_seq_length == RunConfig().max_seq_length != 4096

@@ -163,9 +163,9 @@ def generation(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _backend(config: RunConfig, name: str) -> Any:
-    from numina_finetune.cli import _backend_factory
+    from numina_finetune.cli import backends
 
-    return _backend_factory(name)(config)
+    return backends.factory(name)(config)
 
 
 def _stored(backend: Any, folder: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +13,7 @@ from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import with_model_defaults
 
-_SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
+SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
     "dataset_name": ("name", str, "Hub name, folder, .jsonl/.parquet file or synthetic-gsm8k; name[split] works."),
     "dataset_config": ("config", str, "Configuration of a hub dataset, such as main."),
     "dataset_split": ("split", str, "Split to train on; train if unset."),
@@ -42,7 +42,7 @@ def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[st
         ConfigError: unknown names, or values of the wrong type.
     """
     mapping = load_yaml(yaml_path) if yaml_path else {}
-    source_options = {name: given.pop(name) for name in _SOURCE_OPTIONS}
+    source_options = {name: given.pop(name) for name in SOURCE_OPTIONS}
     bf16, checkpointing = given.pop("bf16", None), given.pop("gradient_checkpointing", None)
     mapping |= {name: value for name, value in given.items() if value not in (None, [])}
     if bf16 is not None:
@@ -75,7 +75,7 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
     """One mapping for each --dataset-name; other options apply to all, or to each in turn."""
     names = options["dataset_name"] or []
     sources: list[dict[str, Any]] = [{"name": name} for name in names]
-    for option, (field_name, _, _) in _SOURCE_OPTIONS.items():
+    for option, (field_name, _, _) in SOURCE_OPTIONS.items():
         values = options[option] or []
         if option == "dataset_name" or not values:
             continue
@@ -98,7 +98,7 @@ def command_of(
     """``run(yaml path, **options)`` with one option for each chosen field, so that no option is written down twice."""
     parameters = [
         parameter("config", str, "YAML file with the same names; options given here win.", "Run"),
-        *(parameter(name, kind, text, "Data", repeated=True) for name, (_, kind, text) in _SOURCE_OPTIONS.items()),
+        *(parameter(name, kind, text, "Data", repeated=True) for name, (_, kind, text) in SOURCE_OPTIONS.items()),
         *(field_parameter(f) for f in chosen),
         *more,
     ]
@@ -142,3 +142,14 @@ def parameter(
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
     )
+
+
+FIELDS = [f for f in fields(RunConfig) if f.name != "datasets"]
+"""Those that are an option each; those of a dataset are ``SOURCE_OPTIONS``."""
+BF16 = parameter("bf16", bool, "--bf16 is --precision bf16, --no-bf16 is --precision fp32.", "Model")
+CHECKPOINTING = parameter(
+    "gradient_checkpointing",
+    bool,
+    "--gradient-checkpointing is --remat full, --no-gradient-checkpointing is --remat none.",
+    "Optimisation",
+)
