@@ -302,7 +302,10 @@ class RunConfig:
         None, "wandb's group, which shows runs together, such as the trials of a sweep.", "Output", identity=False
     )
     dry_run: bool = option(
-        False, "Check everything, prepare the data, say what would run, and stop.", "Output", identity=False
+        False,
+        "Check everything, prepare the data, say on a page what would run, and stop; no weights are read.",
+        "Output",
+        identity=False,
     )
 
     # --- derived ---------------------------------------------------------------------------------------------------
@@ -443,14 +446,19 @@ def load_yaml(path: str) -> dict[str, Any]:
     return mapping
 
 
+def field_name(cls: type, name: str) -> str:
+    """The field that a name of the YAML means, its other spellings included; the name itself if there is none."""
+    name = str(name).replace("-", "_")
+    aliases = {f.metadata["alias"]: f.name for f in fields(cls) if f.metadata.get("alias")}
+    return aliases.get(name, name)
+
+
 def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Values of ``mapping`` converted to the types of ``cls``'s fields; what does not fit goes into ``faults``."""
     known = {f.name: f for f in fields(cls) if f.name != "datasets"}
-    aliases = {f.metadata["alias"]: name for name, f in known.items() if f.metadata.get("alias")}
     values: dict[str, Any] = {}
     for name, value in mapping.items():
-        name = str(name).replace("-", "_")
-        name = aliases.get(name, name)
+        name = field_name(cls, name)
         if name not in known:
             faults.append(f"{where}: {name!r} is unknown: use one of {', '.join(sorted(known))}")
             continue

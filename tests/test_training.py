@@ -174,13 +174,6 @@ def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path
     assert "qwen3, llama" in run.output
 
 
-def test_a_dry_run_says_what_would_run_and_writes_no_run(tmp_path: Path) -> None:
-    run = train(tmp_path / "out", *SHORT, "--dry-run", env=NATIVE)
-    assert run.code == 0, run.output
-    assert "3 optimizer steps of 1 rows (1 x 1)" in run.output
-    assert not (tmp_path / "out").exists()
-
-
 def test_metrics_reach_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = train(tmp_path / "out", *SHORT, "--report-to", "tensorboard", env=NATIVE)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from numina_finetune.config import FORMATS, RunConfig, flag, load_yaml
+from numina_finetune.config import FORMATS, RunConfig, field_name, flag, load_yaml
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import with_model_defaults
 
@@ -32,39 +32,49 @@ SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
 """Options that are given once, or once for each --dataset-name: the SourceConfig field, its type, and help."""
 
 
-def resolve_config(yaml_path: str | None, given: dict[str, Any], faults: list[str]) -> RunConfig:
+GIVEN, OF_FILE, OF_MODEL = "given", "of --config", "usual for this model"
+"""Where an option's value comes from; the others have their defaults."""
+
+
+def resolve_config(
+    yaml_path: str | None, given: dict[str, Any], faults: list[str], origins: dict[str, str] | None = None
+) -> RunConfig:
     """The YAML's values, overridden by the options that were given.
 
     Args:
         faults: takes the contradictions that the result cannot show, so that they are told with all others.
+        origins: takes where each field comes from that has no default value.
 
     Raises:
         ConfigError: unknown names, or values of the wrong type.
     """
-    mapping = load_yaml(yaml_path) if yaml_path else {}
+    of_file = load_yaml(yaml_path) if yaml_path else {}
     source_options = {name: given.pop(name) for name in SOURCE_OPTIONS}
     bf16, checkpointing = given.pop("bf16", None), given.pop("gradient_checkpointing", None)
-    mapping |= {name: value for name, value in given.items() if value not in (None, [])}
+    told = {name: value for name, value in given.items() if value not in (None, [])}
     if bf16 is not None:
         wanted = "bf16" if bf16 else "fp32"
-        if mapping.get("precision", wanted) != wanted:
-            faults.append(
-                f"--{'' if bf16 else 'no-'}bf16 and --precision {mapping['precision']} contradict each other: keep one"
-            )
-        mapping["precision"] = wanted
+        other = {**of_file, **told}.get("precision", wanted)
+        if other != wanted:
+            faults.append(f"--{'' if bf16 else 'no-'}bf16 and --precision {other} contradict each other: keep one")
+        told["precision"] = wanted
     if checkpointing is not None:
-        if given.get("remat") is not None:
+        if "remat" in told:
             faults.append(
-                f"--{'' if checkpointing else 'no-'}gradient-checkpointing and --remat {given['remat']} both say what "
+                f"--{'' if checkpointing else 'no-'}gradient-checkpointing and --remat {told['remat']} both say what "
                 "is computed again: keep one"
             )
         else:
-            mapping["remat"] = "full" if checkpointing else "none"
+            told["remat"] = "full" if checkpointing else "none"
     sources = _sources(source_options, faults)
     if sources:
-        mapping["datasets"] = sources
+        told["datasets"] = sources
+    mapping = {**of_file, **told}
     if yaml_path is None:  # a file says all of it
         mapping = with_model_defaults(mapping)
+    if origins is not None:
+        for label, layer in ((OF_MODEL, mapping), (OF_FILE, of_file), (GIVEN, told)):
+            origins |= {field_name(RunConfig, name): label for name in layer}
     try:
         return RunConfig.from_mapping(mapping, yaml_path or "the command line")
     except ConfigError as error:
@@ -75,7 +85,7 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
     """One mapping for each --dataset-name; other options apply to all, or to each in turn."""
     names = options["dataset_name"] or []
     sources: list[dict[str, Any]] = [{"name": name} for name in names]
-    for option, (field_name, _, _) in SOURCE_OPTIONS.items():
+    for option, (column, _, _) in SOURCE_OPTIONS.items():
         values = options[option] or []
         if option == "dataset_name" or not values:
             continue
@@ -88,7 +98,7 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
             )
         else:
             for source, value in zip(sources, values * (len(names) if len(values) == 1 else 1), strict=True):
-                source[field_name] = value
+                source[column] = value
     return sources
 
 

@@ -21,12 +21,14 @@ app = group()
 def _train(config: str | None, **given: Any) -> int:
     """Fine-tune a model; the same command again resumes."""
     faults: list[str] = []
-    run_config = resolve_config(config, given, faults)
+    origins: dict[str, str] = {}
+    run_config = resolve_config(config, given, faults, origins)
     name, reason = launch.choose_backend(run_config)
     launch.prepare_environment(name)
 
     from numina_finetune.checkpoint.preemption import StopNotice
     from numina_finetune.evaluation import in_loop
+    from numina_finetune.train.dry_run import dry_run
     from numina_finetune.train.run import check, train
 
     with StopNotice(run_config.preemption_grace) as notice:
@@ -41,6 +43,8 @@ def _train(config: str | None, **given: Any) -> int:
             notice.watch_metadata(run_config.metadata_url, can_migrate=not launch.tpu_attached())
         if os.environ.get("RANK", "0") == "0":
             print(f"backend {name} ({reason})", flush=True)
+        if run_config.dry_run:
+            return int(dry_run(run_config, backends.factory(name), origins))
         return int(train(run_config, backends.factory(name), notice, in_loop.make_evaluator))
 
 

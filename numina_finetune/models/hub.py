@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors as hub_errors
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from numina_finetune.config import ALIASES
 from numina_finetune.errors import ConfigError
-from numina_finetune.files import user_cache
+from numina_finetune.files import read_json, user_cache
 from numina_finetune.models.staged import open_staged
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,21 @@ def from_hub(auto: Any, name: str, option: str, **arguments: Any) -> Any:
         if Path(name).is_dir():
             raise ConfigError(f"{option} {name} cannot be loaded from that folder: {error}") from error
         raise
+
+
+def weights_at_hand(name: str, revision: str | None) -> bool:
+    """Whether a model's safetensors need no download: they are in a folder, or whole in this machine's cache."""
+    if Path(name).is_dir():
+        return True
+
+    def cached(file: str) -> str | None:
+        found = try_to_load_from_cache(alias_of(name), file, revision=revision)
+        return found if isinstance(found, str) else None
+
+    if cached(SAFE_WEIGHTS_NAME):
+        return True
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
+    return index is not None and all(map(cached, set(read_json(Path(index))["weight_map"].values())))
 
 
 def _is_confirmed_absence(error: BaseException) -> bool:

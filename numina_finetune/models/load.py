@@ -97,6 +97,16 @@ def open_model(
     return model, source
 
 
+def blank_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The run's model, adapters included, without any values: for its shapes. Nothing of its weights is read."""
+    model_config = load_config(config, tokenizer)
+    with torch.device("meta"):
+        model = _from_config(model_config, WEIGHT_DTYPES[config.precision])
+        if config.lora_rank:
+            add_adapters(model, config, values=False)
+    return model
+
+
 def base_weights(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> NamedWeights:
     """The frozen weights of a run with adapters, as it computes with them, read one at a time where that can be."""
     model, source = _open_base(config, load_config(config, tokenizer), COMPUTE_DTYPES[config.precision])

@@ -150,3 +150,9 @@ def metrics_from_rows(rows: torch.Tensor) -> list[StepMetrics]:
         StepMetrics(loss, norm, int(supervised), int(tokens), bool(applied), *dropped)
         for loss, norm, supervised, tokens, applied, *dropped in rows.tolist()
     ]
+
+
+def say(backend: Backend, line: str) -> None:
+    """Print a line, once for all processes."""
+    if backend.process_index == 0:
+        print(line, flush=True)

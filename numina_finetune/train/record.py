@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,11 +11,14 @@ from typing import Any
 
 import yaml
 
-from numina_finetune.checkpoint.reading import Checkpoint, Unsound, committed
+from numina_finetune.checkpoint.reading import Checkpoint, Unsound, checkpoint_at, committed, drop_unsound, of_step
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
+from numina_finetune.train.place import RunPlace
 from numina_finetune.train.provenance import git_state, redacted, versions
+
+logger = logging.getLogger(__name__)
 
 RECORD = "run.yaml"
 OPTIMIZER_SETTINGS = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -179,6 +183,31 @@ def origin_faults(checkpoint: Checkpoint, now: Mapping[str, Any], *, data_may_ch
     ]
     if faults:
         raise CheckpointError(faults)
+
+
+def resume_candidates(config: RunConfig, place: RunPlace, facts: Mapping[str, Any]) -> list[Checkpoint]:
+    """What ``--resume-from-checkpoint`` asks for, from the first one on that is whole.
+
+    Raises:
+        CheckpointError: it is not there, is damaged, or does not fit.
+    """
+    wish, own = config.resume_from_checkpoint, committed(place.store)
+    if wish == "none":
+        if own:
+            raise CheckpointError(
+                f"--resume-from-checkpoint none, but {place.url} has a checkpoint of step {own[0].step}: "
+                "give another --run-id to start anew, or leave the option out to resume"
+            )
+        return []
+    if wish.isdecimal():
+        return drop_unsound(of_step(place.store, int(wish)))
+    if wish == "auto" or own:
+        if wish != "auto":
+            logger.info("%s has checkpoints of its own: they count, not --resume-from-checkpoint %s", place.url, wish)
+        return drop_unsound(own)
+    origin = checkpoint_at(wish)
+    origin_faults(origin, facts, data_may_change=config.allow_data_change)
+    return [origin]
 
 
 def facts_of(

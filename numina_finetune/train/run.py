@@ -6,8 +6,8 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -17,16 +17,13 @@ from numina_finetune.checkpoint.attempts import Attempt, open_attempt
 from numina_finetune.checkpoint.manager import CheckpointManager
 from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
-from numina_finetune.checkpoint.reading import Checkpoint, checkpoint_at, committed, drop_unsound, of_step
+from numina_finetune.checkpoint.reading import Checkpoint, checkpoint_at, committed
 from numina_finetune.checkpoint.state import StateDoor
 from numina_finetune.checks import config_faults
-from numina_finetune.config import RunConfig, SourceConfig
-from numina_finetune.data.dataset import build_index, tokenizer_hash
-from numina_finetune.data.loader import Loader
-from numina_finetune.data.prepare import IndexOptions
-from numina_finetune.data.sources import evaluation_source, preflight
-from numina_finetune.data.token_index import TokenIndex, cap_samples, split_validation
-from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
+from numina_finetune.config import RunConfig
+from numina_finetune.data.dataset import tokenizer_hash
+from numina_finetune.data.sources import preflight
+from numina_finetune.errors import ConfigError, ExitCode, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
@@ -35,15 +32,15 @@ from numina_finetune.models.precision import EXPORT_DTYPES
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
 from numina_finetune.train.accuracy import MeasureAccuracy
-from numina_finetune.train.backend import Backend
-from numina_finetune.train.batch import plan_batch, plan_steps
+from numina_finetune.train.backend import Backend, say
 from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place
+from numina_finetune.train.preparation import Data, describe, prepare
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.record import (
     check_output,
     facts_of,
-    origin_faults,
     read_record,
+    resume_candidates,
     resume_faults,
     write_record,
 )
@@ -65,15 +62,6 @@ logger = logging.getLogger(__name__)
 MakeBackend = Callable[[RunConfig], Backend]
 MakeEvaluator = Callable[[RunConfig, Backend, PreTrainedTokenizerBase, GenerationConfig], MeasureAccuracy]
 """What measures the accuracy of the model that a backend holds."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Rows to train on, and perhaps to evaluate on."""
-
-    index: TokenIndex
-    train: Loader
-    evaluation: Loader | None
 
 
 def check(config: RunConfig, backend: str) -> None:
@@ -106,11 +94,7 @@ def train(
         make_evaluator: makes what ``--eval-samples`` asks for.
     """
     backend = make_backend(config)
-    _say(backend, backend.device_description)
-    if config.dry_run:
-        data, plan = _prepare(config, backend, load_tokenizer(config), None)
-        _say(backend, f"dry run: {_describe(data, plan)}")
-        return ExitCode.DONE
+    say(backend, backend.device_description)
     place = open_place(config)
     place.folder.mkdir(parents=True, exist_ok=True)
     number = backend.processes.broadcast(open_attempt(place.store).number if backend.process_index == 0 else None)
@@ -145,8 +129,8 @@ class _Life:
         config, backend, place = self.config, self.backend, self.place
         tokenizer = load_tokenizer(config)
         record = backend.processes.broadcast(read_record(place.store) if backend.process_index == 0 else None)
-        data, plan = _prepare(config, backend, tokenizer, record)
-        _say(backend, f"{place.url}: {_describe(data, plan)}")
+        data, plan = prepare(config, backend, tokenizer, record)
+        say(backend, f"{place.url}: {describe(data, plan)}")
         fingerprint, base = tokenizer_hash(tokenizer), base_fingerprint(config)
         self._claim(record, data, plan, fingerprint, base)
         facts = facts_of(
@@ -161,9 +145,7 @@ class _Life:
         candidates = self._candidates(facts)
         if candidates and candidates[0].step >= plan.total_steps and all(map(place.has_exported, exports_of(config))):
             self.progress.step = candidates[0].step
-            _say(
-                backend, f"nothing to do: the run has made all {plan.total_steps} steps; {_whereabouts(config, place)}"
-            )
+            say(backend, f"nothing to do: the run has made all {plan.total_steps} steps; {_whereabouts(config, place)}")
             return True
 
         model, weights = open_model(config, tokenizer, weights=not candidates)
@@ -183,13 +165,13 @@ class _Life:
         )
         if candidates:
             checkpoint = self.checkpoints.load(candidates)
-            _say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
+            say(backend, f"resumed from the checkpoint of step {checkpoint.step}/{plan.total_steps}")
         measure = None
         if config.eval_samples and self.make_evaluator is not None:
             generation = load_generation_config(config, model.config)
             measure = self.make_evaluator(config, backend, tokenizer, generation)
         finished = self._train(data, plan, self.checkpoints, flops, measure)
-        _say(backend, backend.summary())
+        say(backend, backend.summary())
         if finished:
             self._export(tokenizer, data)
         return finished
@@ -289,7 +271,7 @@ class _Life:
                 record, data_key=data.index.data_key, tokenizer=tokenizer, base=base, data_may_change=may_change
             )
             if record["data_key"] != data.index.data_key:
-                _say(
+                say(
                     self.backend,
                     f"the training data changed (data_key was {record['data_key']}, is {data.index.data_key}): "
                     "going on from the same row position, as --allow-data-change asks for",
@@ -309,7 +291,7 @@ class _Life:
 
     def _candidates(self, facts: Mapping[str, Any]) -> list[Checkpoint]:
         """The checkpoints to resume from, the first one first, the same on every process."""
-        found = _wanted(self.config, self.place, facts) if self.backend.process_index == 0 else []
+        found = resume_candidates(self.config, self.place, facts) if self.backend.process_index == 0 else []
         plain = [(c.step, c.attempt, c.store.url, c.prefix) for c in found]
         own = self.place.store
         return [
@@ -326,7 +308,7 @@ class _Life:
                 place.publish_exported(name)
             place.publish(METRICS)
             told = f"done: {progress.step} steps, {progress.tokens} tokens; {_whereabouts(config, place)}"
-            _say(self.backend, told)
+            say(self.backend, told)
         self.backend.processes.barrier()
 
     def _export_as(self, name: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
@@ -360,91 +342,6 @@ def _whereabouts(config: RunConfig, place: RunPlace) -> str:
     return " and ".join(f"the {name} is in {place.url}/{name}" for name in exports_of(config))
 
 
-def _wanted(config: RunConfig, place: RunPlace, facts: Mapping[str, Any]) -> list[Checkpoint]:
-    """What ``--resume-from-checkpoint`` asks for, from the first one on that is whole.
-
-    Raises:
-        CheckpointError: it is not there, is damaged, or does not fit.
-    """
-    wish, own = config.resume_from_checkpoint, committed(place.store)
-    if wish == "none":
-        if own:
-            raise CheckpointError(
-                f"--resume-from-checkpoint none, but {place.url} has a checkpoint of step {own[0].step}: "
-                "give another --run-id to start anew, or leave the option out to resume"
-            )
-        return []
-    if wish.isdecimal():
-        return drop_unsound(of_step(place.store, int(wish)))
-    if wish == "auto" or own:
-        if wish != "auto":
-            logger.info("%s has checkpoints of its own: they count, not --resume-from-checkpoint %s", place.url, wish)
-        return drop_unsound(own)
-    origin = checkpoint_at(wish)
-    origin_faults(origin, facts, data_may_change=config.allow_data_change)
-    return [origin]
-
-
-def _prepare(
-    config: RunConfig, backend: Backend, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any] | None
-) -> tuple[Data, Plan]:
-    """The tokenised data, and what is to be done with it on this mesh."""
-    data = _load_data(config, tokenizer)
-    batch = plan_batch(config, backend.data_parallel_size, record["global_batch_size"] if record else None)
-    if record and batch.accumulation != config.gradient_accumulation_steps and config.global_batch_size is None:
-        _say(backend, f"accumulation is {batch.accumulation} here, to keep the run's {batch.global_batch} rows a step")
-    rows = data.train.rows_for_epochs(config.num_train_epochs)
-    total_rows = None if config.max_steps > 0 else rows
-    return data, Plan(batch, plan_steps(config, rows, batch.global_batch), total_rows)
-
-
-def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    index = _index(config, config.datasets, tokenizer)
-    index = cap_samples(index, [source.max_samples for source in config.datasets], config.seed)
-    held_out: TokenIndex | None = None
-    if config.validation_size:
-        index, held_out = split_validation(index, config.validation_size, config.seed)
-    elif source := evaluation_source(config):
-        # the benchmarks are what the run is evaluated on: they are looked for in the training data only
-        held_out = _index(replace(config, against=(), decontaminate=False), [source], tokenizer)
-
-    def loader(part: TokenIndex, weights: list[float] | None, shuffle: bool) -> Loader:
-        return Loader(
-            part,
-            seq_len=config.max_seq_length,
-            packing=config.packing,
-            seed=config.seed,
-            pad_id=int(tokenizer.pad_token_id),
-            weights=weights,
-            shuffle=shuffle,
-        )
-
-    weights = [source.weight for source in config.datasets if source.weight is not None]
-    evaluation = loader(held_out, None, False) if held_out is not None else None
-    return Data(index, loader(index, weights or None, True), evaluation)
-
-
-def _index(config: RunConfig, sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerBase) -> TokenIndex:
-    return build_index(
-        sources,
-        tokenizer,
-        IndexOptions.of(config),
-        config.token_cache,
-        workers=config.preprocessing_num_workers,
-        streaming=config.streaming,
-    )
-
-
-def _describe(data: Data, plan: Plan) -> str:
-    report, batch = data.index.report, plan.batch
-    dropped = sum(entry["count"] for source in report["sources"] for entry in source["dropped"].values())
-    return (
-        f"{len(data.index)} samples ({dropped} rows dropped), {data.train.rows_per_epoch} packed rows an epoch; "
-        f"{plan.total_steps} optimizer steps of {batch.global_batch} rows "
-        f"({batch.accumulation} x {batch.rows_per_micro_batch})"
-    )
-
-
 def _problems(attempt: Callable[[], object]) -> list[str]:
     """The problems of the UserError that ``attempt`` raises; other errors are left for when they matter."""
     try:
@@ -452,8 +349,3 @@ def _problems(attempt: Callable[[], object]) -> list[str]:
     except UserError as error:
         return error.problems
     return []
-
-
-def _say(backend: Backend, line: str) -> None:
-    if backend.process_index == 0:
-        print(line, flush=True)
