@@ -8,24 +8,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from numina_finetune.asked_model import AskedModel, find_model
 from numina_finetune.config import RunConfig
 from numina_finetune.data.chat import ChatOptions
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.tir import PYTHON_TOOL
 from numina_finetune.errors import ConfigError, ExitCode, UserError
-from numina_finetune.evaluated_model import EvaluatedModel, find_model
 from numina_finetune.evaluation.compare import compare
 from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.page import html_comparison, markdown_comparison
 from numina_finetune.evaluation.prompts import PromptOptions, Prompts
 from numina_finetune.evaluation.results import ResultFolder, read_results
 from numina_finetune.evaluation.run import progress_line, reports, run_batches, summarise
-from numina_finetune.evaluation.sandbox import Limits, Minimum, require
+from numina_finetune.evaluation.sandbox import Minimum, require
 from numina_finetune.evaluation.scoring import Figures, Record, figures
-from numina_finetune.evaluation.solving import Solve, Tools, solve_directly, solve_with_python
+from numina_finetune.evaluation.solving import Solve, solve_directly, solve_with_python, tools_of
 from numina_finetune.evaluation.tasks import Problem, Problems, chosen, find_task, load_examples, load_problems
 from numina_finetune.storage import open_store
-from numina_finetune.train.backend import Backend, Decoding
+from numina_finetune.train.backend import Backend
 from numina_finetune.train.provenance import versions
 
 MakeBackend = Callable[[RunConfig], Backend]
@@ -58,7 +58,8 @@ def evaluate(
     """
     model, task = _all_of(options)
     prompts = _prompts(options, model, task.examples)
-    _refuse_too_long(options, model, task.asked, prompts)
+    longest = max(len(prompts.ids(problem.question)) for problem in task.asked.problems)
+    model.refuse_beyond(longest, options.max_new_tokens, "fewer --shots")
     settings = _settings(options, model, task)
     folder = ResultFolder(options.output_dir)
     folder.refuse_other(settings)
@@ -125,7 +126,7 @@ class _Asked:
     examples: list[Problem]
 
 
-def _all_of(options: EvaluateOptions) -> tuple[EvaluatedModel, _Asked]:
+def _all_of(options: EvaluateOptions) -> tuple[AskedModel, _Asked]:
     """What the options name, found.
 
     Raises:
@@ -154,55 +155,21 @@ def _load(options: EvaluateOptions) -> _Asked:
     return _Asked(replace(everything, problems=problems), examples)
 
 
-def _prompts(options: EvaluateOptions, model: EvaluatedModel, examples: Sequence[Problem]) -> Prompts:
+def _prompts(options: EvaluateOptions, model: AskedModel, examples: Sequence[Problem]) -> Prompts:
     chat = ChatOptions(options.chat_family, options.chat_date, options.reasoning_effort)
     how = PromptOptions(options.prompt, options.instruction, options.system_prompt, chat)
     called = options.tools is not None and options.tir_style == "tool_calls"
     return Prompts(model.tokenizer, how, examples, [PYTHON_TOOL] if called else None)
 
 
-def _solve(options: EvaluateOptions, model: EvaluatedModel, prompts: Prompts, backend: Backend) -> Solve:
-    decoding = Decoding(
-        max_new_tokens=options.max_new_tokens,
-        stop_ids=prompts.stop_ids(model.generation),
-        pad_id=int(model.tokenizer.pad_token_id),
-        batch_size=options.batch_size,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
+def _solve(options: EvaluateOptions, model: AskedModel, prompts: Prompts, backend: Backend) -> Solve:
+    decoding = model.decoding(options, prompts.stop_ids(model.generation))
     if options.tools is None:
         return solve_directly(prompts, backend.generate, decoding)
-    tools = Tools(options.tir_style, options.max_rounds, _limits(options))
-    return solve_with_python(prompts, backend.generate, decoding, tools, backend.processes)
+    return solve_with_python(prompts, backend.generate, decoding, tools_of(options), backend.processes)
 
 
-def _limits(options: EvaluateOptions) -> Limits:
-    return Limits(
-        wall_seconds=options.tool_seconds,
-        memory=options.tool_memory_mb << 20,
-        output_chars=options.tool_output_chars,
-        minimum=Minimum(options.sandbox_minimum),
-    )
-
-
-def _refuse_too_long(options: EvaluateOptions, model: EvaluatedModel, asked: Problems, prompts: Prompts) -> None:
-    """Refuse what goes beyond the positions that the model knows.
-
-    Raises:
-        ConfigError: naming the longest prompt.
-    """
-    limit = getattr(model.architecture, "max_position_embeddings", None)
-    longest = max(len(prompts.ids(problem.question)) for problem in asked.problems)
-    if limit is not None and longest + options.max_new_tokens > limit:
-        raise ConfigError(
-            f"--max-new-tokens {options.max_new_tokens} behind the longest prompt ({longest} tokens) is more than the "
-            f"{limit} positions of {options.model}: use {max(limit - longest, 0)} or less, or fewer --shots"
-        )
-
-
-def _settings(options: EvaluateOptions, model: EvaluatedModel, task: _Asked) -> dict[str, Any]:
+def _settings(options: EvaluateOptions, model: AskedModel, task: _Asked) -> dict[str, Any]:
     """What two lives of one evaluation have in common."""
     return {
         **options.settings(),

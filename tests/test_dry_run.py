@@ -40,13 +40,15 @@ def test_the_configuration_is_whole_says_where_it_comes_from_and_gives_the_same_
     dry: Callable[..., Page], tmp_path: Path
 ) -> None:
     text = "Solve:\n\n  step by step. " + "Think before you write. " * 5
-    told = dry("--system-prompt", text, "--max-seq-length", "512", "--no-gradient-checkpointing", "--report-to", "wandb")["configuration"]
+    told = dry(
+        "--system-prompt", text, "--max-seq-length", "512", "--no-gradient-checkpointing", "--report-to", "wandb"
+    )["configuration"]
     again = RunConfig.from_mapping(yaml.safe_load(told))
     assert again.system_prompt == text and again.remat == "none" and not again.dry_run
     for line in ("remat: none  # given", "seed: 42  # default", f"run_id: {again.run_id}  # derived"):
         assert line in told.splitlines()
     (tmp_path / "run.yaml").write_text(told, encoding="utf-8")
-    page = dry("--config", str(tmp_path / "run.yaml"), "--seed", "7")
+    page = dry("--config", str(tmp_path / "run.yaml"), "--seed", "7", "--max-seq-length", "512")
     from_file = RunConfig.from_mapping(yaml.safe_load(page["configuration"]))
     assert from_file.seed == 7 and from_file.run_id == again.run_id and from_file.system_prompt == text
     assert "remat: none  # of --config" in page["configuration"].splitlines()
@@ -94,7 +96,9 @@ def test_it_writes_nothing_but_the_cache_and_says_what_is_there(
 
 @pytest.mark.slow
 def test_it_knows_the_mesh_of_several_devices(tmp_path: Path) -> None:
-    run = train(tmp_path / "out", "--dry-run", "--max-steps", "2", "--mesh", "data=2,fsdp=2", env=environment(devices=4))
+    run = train(
+        tmp_path / "out", "--dry-run", "--max-steps", "2", "--mesh", "data=2,fsdp=2", env=environment(devices=4)
+    )
     assert run.code == 0, run.output
     page = sections(run.output)
     assert "mesh data=2,fsdp=2" in page["what would run"] and "steps of 4 rows" in page["what would run"]

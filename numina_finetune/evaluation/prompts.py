@@ -12,7 +12,7 @@ from numina_finetune.data.chat import ChatOptions, render_prompt, resolve_family
 from numina_finetune.data.conversation import Conversation, Message
 from numina_finetune.evaluation.tasks import Problem
 
-KINDS = ("chat", "completion")
+KINDS = ("chat", "completion", "raw")
 NEXT_QUESTION = "Question:"
 """Where a completion goes on to a question of its own, as the harness ends it (``lm_eval/tasks/gsm8k/gsm8k.yaml``)."""
 _SEEN_TOKENS = 64
@@ -73,11 +73,21 @@ class Prompts:
         """
         if self.options.kind == "chat":
             chat = self.conversation(question)
-            return render_prompt(chat.messages, self.tokenizer, tools=chat.tools, options=self.options.chat)
+            return self.chat_ids(chat)
+        if self.options.kind == "raw":
+            return [int(token) for token in self.tokenizer(question)["input_ids"]]
         parts = [self.options.instruction] if self.options.instruction else []
         parts += [f"{NEXT_QUESTION} {example.question}\nAnswer: {example.solution}" for example in self._examples]
         text = "\n\n".join([*parts, f"{NEXT_QUESTION} {question}\nAnswer:"])
         return [int(token) for token in self.tokenizer(text)["input_ids"]]
+
+    def chat_ids(self, chat: Conversation) -> list[int]:
+        """The tokens after which the model answers in a chat.
+
+        Raises:
+            DataError: the chat layout has no place for something in it.
+        """
+        return render_prompt(chat.messages, self.tokenizer, tools=chat.tools, options=self.options.chat)
 
     def stop_ids(self, generation: GenerationConfig) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's, the generation settings', and the chat layout's own."""
@@ -89,12 +99,14 @@ class Prompts:
 
     def ended(self, tokens: list[int]) -> bool:
         """Whether an answer has ended that no stop token ended: a completion that asks the next question."""
-        if self.options.kind == "chat":
+        if self.options.kind != "completion":
             return False
         return NEXT_QUESTION in self.tokenizer.decode(tokens[-_SEEN_TOKENS:], skip_special_tokens=True)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that new tokens are: of Harmony's messages the last one, of a completion what it is asked for."""
+        if self.options.kind == "raw":
+            return self._decoded(tokens)
         if self.options.kind == "completion":
             return self._decoded(tokens).partition(NEXT_QUESTION)[0].strip()
         if self._family == "harmony":

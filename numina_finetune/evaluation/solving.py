@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from numina_finetune.data.conversation import Conversation, Message
+from numina_finetune.evaluation.options import AnswerOptions
 from numina_finetune.evaluation.prompts import Prompts
 from numina_finetune.evaluation.rounds import Transcript, solve_with_tools
-from numina_finetune.evaluation.sandbox import Limits
+from numina_finetune.evaluation.sandbox import Limits, Minimum
 from numina_finetune.evaluation.tasks import Problem
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.train.backend import Decoding, Ended
@@ -48,6 +49,17 @@ class Tools:
     limits: Limits
 
 
+def tools_of(options: AnswerOptions) -> Tools:
+    """What the options allow the model."""
+    limits = Limits(
+        wall_seconds=options.tool_seconds,
+        memory=options.tool_memory_mb << 20,
+        output_chars=options.tool_output_chars,
+        minimum=Minimum(options.sandbox_minimum),
+    )
+    return Tools(options.tir_style, options.max_rounds, limits)
+
+
 Solve = Callable[[Sequence[Problem]], list[Attempt]]
 """One attempt at each problem of a batch; of those that stand there several times, different ones if they are drawn."""
 
@@ -56,13 +68,22 @@ def solve_directly(prompts: Prompts, generate: Generate, decoding: Decoding) -> 
     """A model that answers in one go."""
 
     def solve(problems: Sequence[Problem]) -> list[Attempt]:
-        rows = generate([prompts.ids(problem.question) for problem in problems], decoding, prompts.ended)
-        return [Attempt(prompts.text(row), len(row), stopped(row)) for row in rows]
+        asked = [prompts.ids(problem.question) for problem in problems]
+        return answer_directly(asked, prompts, generate, decoding)
+
+    return solve
+
+
+def answer_directly(
+    asked: Sequence[Sequence[int]], prompts: Prompts, generate: Generate, decoding: Decoding
+) -> list[Attempt]:
+    """One attempt behind each of the tokens."""
 
     def stopped(row: list[int]) -> str:
         return "answered" if row[-1] in decoding.stop_ids or prompts.ended(row) else "length"
 
-    return solve
+    rows = generate(asked, decoding, prompts.ended)
+    return [Attempt(prompts.text(row), len(row), stopped(row)) for row in rows]
 
 
 def solve_with_python(
@@ -70,27 +91,40 @@ def solve_with_python(
 ) -> Solve:
     """A model whose calls of python are run, by the first of the processes, and answered."""
 
+    def solve(problems: Sequence[Problem]) -> list[Attempt]:
+        talks = [prompts.conversation(problem.question) for problem in problems]
+        return answer_with_python(talks, prompts, generate, decoding, tools, processes)
+
+    return solve
+
+
+def answer_with_python(
+    talks: Sequence[Conversation],
+    prompts: Prompts,
+    generate: Generate,
+    decoding: Decoding,
+    tools: Tools,
+    processes: ProcessGroup,
+) -> list[Attempt]:
+    """One attempt at each conversation."""
+
     def bound(asked: Sequence[Sequence[int]], ended: Ended | None) -> list[list[int]]:
         return generate(asked, decoding, ended)
 
     def once(work: Callable[[], Any]) -> Any:
         return processes.broadcast(work() if processes.index == 0 else None)
 
-    def solve(problems: Sequence[Problem]) -> list[Attempt]:
-        talks = [prompts.conversation(problem.question) for problem in problems]
-        transcripts = solve_with_tools(
-            talks,
-            bound,
-            prompts.tokenizer,
-            chat=prompts.options.chat,
-            style=tools.style,
-            max_rounds=tools.max_rounds,
-            limits=tools.limits,
-            once=once,
-        )
-        return [_attempt(prompts, talk, found) for talk, found in zip(talks, transcripts, strict=True)]
-
-    return solve
+    transcripts = solve_with_tools(
+        talks,
+        bound,
+        prompts.tokenizer,
+        chat=prompts.options.chat,
+        style=tools.style,
+        max_rounds=tools.max_rounds,
+        limits=tools.limits,
+        once=once,
+    )
+    return [_attempt(prompts, talk, found) for talk, found in zip(talks, transcripts, strict=True)]
 
 
 def _attempt(prompts: Prompts, talk: Conversation, found: Transcript) -> Attempt:

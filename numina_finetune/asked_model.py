@@ -1,4 +1,4 @@
-"""The model that an evaluation is of: a folder, a hub name, a built-in one, or a checkpoint of a run."""
+"""The model that ``evaluate`` or ``generate`` asks: a folder, a hub name, a built-in one, or a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numina_finetune.checkpoint.reading import Checkpoint, drop_unsound
 from numina_finetune.checkpoint_commands import best_checkpoint, of_step, one_run
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import CheckpointError, ConfigError
-from numina_finetune.evaluation.options import EvaluateOptions
+from numina_finetune.evaluation.options import AnswerOptions
 from numina_finetune.models.builtin import BUILTIN
 from numina_finetune.models.export import trained_weights
 from numina_finetune.models.load import (
@@ -29,6 +29,7 @@ from numina_finetune.models.stream import Wanted, Weights, whole
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.models.weights import NamedWeights, WeightParts
 from numina_finetune.storage import Store, open_store
+from numina_finetune.train.backend import Decoding
 from numina_finetune.train.record import RECORD, base_faults, read_record
 
 _SHORTEST = 2
@@ -39,7 +40,7 @@ Opened = tuple[PreTrainedModel, Weights | None]
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
+class AskedModel:
     """A model that has been found, not loaded yet."""
 
     config: RunConfig
@@ -51,18 +52,49 @@ class EvaluatedModel:
     """What tells it from other models."""
     open: Callable[[], Opened]
 
+    def refuse_beyond(self, longest: int, new: int, remedy: str) -> None:
+        """Refuse what goes beyond the positions that the model knows.
 
-def find_model(options: EvaluateOptions) -> EvaluatedModel:
+        Args:
+            longest: tokens of the longest prompt.
+            new: tokens that may come behind it.
+            remedy: what else than fewer new ones would help.
+
+        Raises:
+            ConfigError: naming the limit.
+        """
+        limit = getattr(self.architecture, "max_position_embeddings", None)
+        if limit is not None and longest + new > limit:
+            raise ConfigError(
+                f"--max-new-tokens {new} behind the longest prompt ({longest} tokens) is more than the {limit} "
+                f"positions of {self.config.model_name}: use {max(limit - longest, 0)} or less, or {remedy}"
+            )
+
+    def decoding(self, options: AnswerOptions, stop_ids: frozenset[int]) -> Decoding:
+        """How the options have its tokens chosen."""
+        return Decoding(
+            max_new_tokens=options.max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=int(self.tokenizer.pad_token_id),
+            batch_size=options.batch_size,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+
+
+def find_model(options: AnswerOptions) -> AskedModel:
     """What ``--model`` names.
 
     Raises:
-        ConfigError, CheckpointError: there is no such thing, or it cannot be evaluated.
+        ConfigError, CheckpointError: there is no such thing, or it cannot be asked.
     """
     run = _run_at(options.model)
     return _of_run(run, options) if run else _of_name(options)
 
 
-def _of_name(options: EvaluateOptions) -> EvaluatedModel:
+def _of_name(options: AnswerOptions) -> AskedModel:
     folder = Path(options.model).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
@@ -78,7 +110,7 @@ def _of_name(options: EvaluateOptions) -> EvaluatedModel:
     architecture = load_config(config, tokenizer)
     if options.precision is None and options.model not in BUILTIN and architecture.dtype != torch.float32:
         config = replace(config, precision="pure-bf16")
-    return EvaluatedModel(
+    return AskedModel(
         config,
         tokenizer,
         architecture,
@@ -88,10 +120,10 @@ def _of_name(options: EvaluateOptions) -> EvaluatedModel:
     )
 
 
-def _of_run(store: Store, options: EvaluateOptions) -> EvaluatedModel:
+def _of_run(store: Store, options: AnswerOptions) -> AskedModel:
     record = read_record(store)
     if record is None:
-        raise CheckpointError(f"--model {store.url} has no {RECORD} or no committed checkpoint: nothing to evaluate")
+        raise CheckpointError(f"--model {store.url} has no {RECORD} or no committed checkpoint: nothing to ask")
     trained = RunConfig.from_mapping(record["config"], store.address(RECORD))
     if faults := base_faults(record, base_fingerprint(trained)):
         raise CheckpointError(faults)
@@ -111,7 +143,7 @@ def _of_run(store: Store, options: EvaluateOptions) -> EvaluatedModel:
         return model, _source(model, named)
 
     architecture = load_config(config, tokenizer)
-    return EvaluatedModel(
+    return AskedModel(
         config,
         tokenizer,
         architecture,
@@ -121,7 +153,7 @@ def _of_run(store: Store, options: EvaluateOptions) -> EvaluatedModel:
     )
 
 
-def _placed_as(options: EvaluateOptions, precision: str) -> dict[str, Any]:
+def _placed_as(options: AnswerOptions, precision: str) -> dict[str, Any]:
     """What a backend asks of a run's configuration, besides the model."""
     values = {"tokenizer_name": options.tokenizer_name} if options.tokenizer_name else {}
     return {
