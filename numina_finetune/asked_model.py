@@ -30,7 +30,7 @@ from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.models.weights import NamedWeights, WeightParts
 from numina_finetune.storage import Store, open_store
 from numina_finetune.train.backend import Decoding
-from numina_finetune.train.record import RECORD, base_faults, read_record
+from numina_finetune.train.record import RECORD, base_faults, read_record, recorded_config
 
 _SHORTEST = 2
 """``max_seq_length``, which is of training: the least that no model is too short for."""
@@ -124,7 +124,7 @@ def _of_run(store: Store, options: AnswerOptions) -> AskedModel:
     record = read_record(store)
     if record is None:
         raise CheckpointError(f"--model {store.url} has no {RECORD} or no committed checkpoint: nothing to ask")
-    trained = RunConfig.from_mapping(record["config"], store.address(RECORD))
+    trained = recorded_config(record, store.address(RECORD), trust_remote_code=options.trust_remote_code)
     if faults := base_faults(record, base_fingerprint(trained)):
         raise CheckpointError(faults)
     checkpoint = _checkpoint(store, options.checkpoint)
@@ -159,6 +159,7 @@ def _placed_as(options: AnswerOptions, precision: str) -> dict[str, Any]:
     return {
         **values,
         "precision": precision,
+        "trust_remote_code": options.trust_remote_code,
         "max_seq_length": _SHORTEST,
         "backend": options.backend,
         "mesh": options.mesh,

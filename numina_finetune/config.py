@@ -98,6 +98,9 @@ class RunConfig:
     model_name: str = option("", "Hub name, local folder, or built-in model (tiny-qwen3, tiny-gpt-oss).", "Model")
     model_revision: str | None = option(None, "Branch, tag or commit of the model.", "Model")
     tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer; the model's own if unset.", "Model")
+    trust_remote_code: bool = option(
+        False, "Run Python code that a model or tokenizer brings with it.", "Model", identity=False
+    )
     precision: str = option(
         "bf16", "bf16 (bf16 compute, fp32 master weights), pure-bf16 (weights and moments too), or fp32.", "Model"
     )
@@ -301,6 +304,17 @@ class RunConfig:
     tracker_group: str | None = option(
         None, "wandb's group, which shows runs together, such as the trials of a sweep.", "Output", identity=False
     )
+    push_to_hub: bool = option(
+        False, "Upload the export to the Hugging Face hub at the end; needs a token.", "Output", identity=False
+    )
+    hub_model_id: str | None = option(
+        None,
+        "--push-to-hub: name or user/name; the run's name for the token's own user if unset. Of a LoRA run that "
+        "leaves both, the adapter goes to the same name with -adapter.",
+        "Output",
+        identity=False,
+    )
+    hub_private: bool = option(False, "--push-to-hub: make a new repository a private one.", "Output", identity=False)
     dry_run: bool = option(
         False,
         "Check everything, prepare the data, say on a page what would run, and stop; no weights are read.",

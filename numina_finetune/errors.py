@@ -53,6 +53,12 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class PushFailed(UserError):
+    """The hub could not be given a model that is whole here; the same command may do it later."""
+
+    exit_code = ExitCode.CRASHED
+
+
 class TrainingDiverged(Exception):
     """Too many optimizer steps in a row had a non-finite loss or gradient."""
 

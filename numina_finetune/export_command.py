@@ -23,10 +23,11 @@ from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
 from numina_finetune.models.load import base_fingerprint, load_config, load_generation_config
 from numina_finetune.models.precision import EXPORT_DTYPES
+from numina_finetune.models.push import PushOptions, push
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
 from numina_finetune.train.place import DATA_REPORT, store_model
-from numina_finetune.train.record import RECORD, base_faults, read_record
+from numina_finetune.train.record import RECORD, base_faults, read_record, recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``--dtype`` takes."""
 
 
-def run_export(url: str, step: str, output: str, dtype: str | None, lora_export: str | None = None) -> ExitCode:
+def run_export(
+    url: str,
+    step: str,
+    output: str,
+    dtype: str | None,
+    lora_export: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    hub: PushOptions = PushOptions(),  # noqa: B008
+) -> ExitCode:
     """Make a plain Hugging Face folder of a checkpoint's weights, or one of its adapters; whole or not at all.
 
     Args:
@@ -43,16 +53,19 @@ def run_export(url: str, step: str, output: str, dtype: str | None, lora_export:
         output: a folder, or ``gs://bucket/prefix``, with nothing in it.
         dtype: of the weights written; None: the one that the run computes with.
         lora_export: ``merged`` or ``adapter``, of a run with adapters; None: merged.
+        trust_remote_code: whether code that the model brings may be run here.
+        hub: where else it goes.
 
     Raises:
         ConfigError, CheckpointError: a wrong value, a place that is in use, or no sound checkpoint.
     """
-    _refuse(step, output, dtype, lora_export)
     store = one_run(url)
+    run_id = store.url.rstrip("/").rpartition("/")[2]
+    _refuse(step, output, dtype, lora_export, hub.faults(run_id))
     record = read_record(store)
     if record is None:
         raise CheckpointError(f"{store.url} has no {RECORD} or no committed checkpoint: nothing says what to export")
-    config = RunConfig.from_mapping(record["config"], store.address(RECORD))
+    config = recorded_config(record, store.address(RECORD), trust_remote_code=trust_remote_code)
     if lora_export is not None and not config.lora_rank:
         raise ConfigError(f"--lora-export {lora_export}: {store.url} is a run without adapters: leave the option out")
     if lora_export != "adapter" and (faults := base_faults(record, base_fingerprint(config))):
@@ -68,12 +81,15 @@ def run_export(url: str, step: str, output: str, dtype: str | None, lora_export:
         )
         if output.startswith("gs://"):
             store_model(folder, open_store(output))
-    print(f"exported the checkpoint of step {checkpoint.step} to {output}")
+        print(f"exported the checkpoint of step {checkpoint.step} to {output}", flush=True)
+        if hub.wanted:
+            model_id = hub.model_id or run_id
+            again = f"the export is whole in {output}: `hf upload {model_id} FOLDER` pushes it"
+            print(f"it is on the hub: {push(folder, model_id, private=hub.private, again=again)}")
     return ExitCode.DONE
 
 
-def _refuse(step: str, output: str, dtype: str | None, lora_export: str | None) -> None:
-    faults = []
+def _refuse(step: str, output: str, dtype: str | None, lora_export: str | None, faults: list[str]) -> None:
     if step != "newest" and not step.isdecimal():
         faults.append(f"--step {step!r} is unknown: use newest or the number of a step")
     if dtype is not None and dtype not in DTYPES:

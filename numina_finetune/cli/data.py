@@ -63,7 +63,8 @@ _PREVIEW_OPTIONS = (
 _DATA_FIELDS = [
     f
     for f in FIELDS
-    if f.metadata["group"] == "Data" or f.name in ("model_name", "model_revision", "tokenizer_name", "seed")
+    if f.metadata["group"] == "Data"
+    or f.name in ("model_name", "model_revision", "tokenizer_name", "trust_remote_code", "seed")
 ]
 for _name, _run, *_more in (
     ("prepare", _prepare),

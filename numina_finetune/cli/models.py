@@ -21,12 +21,24 @@ def export(
     lora_export: Annotated[
         str | None, typer.Option(help="Of a LoRA run: merged (a plain model; the default) or adapter (PEFT's files).")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings with it.")
+    ] = False,
+    push_to_hub: Annotated[bool, typer.Option("--push-to-hub", help="Upload it to the Hugging Face hub too.")] = False,
+    hub_model_id: Annotated[
+        str | None, typer.Option(help="--push-to-hub: name or user/name; the run's name if unset.")
+    ] = None,
+    hub_private: Annotated[
+        bool, typer.Option("--hub-private", help="--push-to-hub: make a new repository a private one.")
+    ] = False,
 ) -> int:
     """Make a plain Hugging Face folder from any checkpoint of a run, on a CPU."""
     launch.prepare_environment("native")
     from numina_finetune.export_command import run_export
+    from numina_finetune.models.push import PushOptions
 
-    return int(run_export(run, step, output, dtype, lora_export))
+    hub = PushOptions(push_to_hub, hub_model_id, hub_private)
+    return int(run_export(run, step, output, dtype, lora_export, trust_remote_code=trust_remote_code, hub=hub))
 
 
 @app.command()

@@ -32,6 +32,7 @@ class AnswerOptions:
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the model.", "Model")
     tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer; the model's own if unset.", "Model")
+    trust_remote_code: bool = option(False, "Run Python code that a model or tokenizer brings with it.", "Model")
     checkpoint: str = option("newest", "Of a run: newest, best (by its evaluations) or a step's number.", "Model")
     precision: str | None = option(
         None, "pure-bf16, fp32, or bf16 (bf16 compute on fp32 weights); what the weights are if unset.", "Model"
@@ -75,7 +76,10 @@ class AnswerOptions:
 
         Devices do not, and what is decoded together does not.
         """
-        free = {f.name for f in fields(self) if f.metadata["group"] in ("Devices", "Output")} | {"batch_size"}
+        free = {f.name for f in fields(self) if f.metadata["group"] in ("Devices", "Output")} | {
+            "batch_size",
+            "trust_remote_code",
+        }
         if self.tools is None:
             free |= {f.name for f in fields(self) if f.metadata["group"] == "Tools"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

@@ -52,7 +52,9 @@ def load_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
     if name in BUILTIN:
         model_config: PretrainedConfig = tiny_config(name, tokenizer)
     else:
-        model_config = from_hub(AutoConfig, name, "--model-name", revision=config.model_revision)
+        model_config = from_hub(
+            AutoConfig, name, "--model-name", trust=config.trust_remote_code, revision=config.model_revision
+        )
     faults = _faults(config, model_config, tokenizer)
     if faults:
         raise ConfigError(faults)
@@ -101,7 +103,7 @@ def blank_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
     """The run's model, adapters included, without any values: for its shapes. Nothing of its weights is read."""
     model_config = load_config(config, tokenizer)
     with torch.device("meta"):
-        model = _from_config(model_config, WEIGHT_DTYPES[config.precision])
+        model = _from_config(config, model_config, WEIGHT_DTYPES[config.precision])
         if config.lora_rank:
             add_adapters(model, config, values=False)
     return model
@@ -138,17 +140,18 @@ def _open_base(
     if name in BUILTIN:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return _from_config(model_config, dtype), None
+            return _from_config(config, model_config, dtype), None
     files = _find_weights(config, name) if weights else {}
     if files is not None:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = _from_config(model_config, dtype).eval()
+            model = _from_config(config, model_config, dtype).eval()
         model.tie_weights()  # left out along with the initialisation
         return model, StoredWeights(model, files) if weights else None
     whole: PreTrainedModel = from_hub(  # weights in another format than safetensors
         AutoModelForCausalLM,
         name,
         "--model-name",
+        trust=config.trust_remote_code,
         revision=config.model_revision,
         config=model_config,
         dtype=dtype,
@@ -174,8 +177,10 @@ def load_generation_config(config: RunConfig, model_config: PretrainedConfig) ->
     return GenerationConfig.from_model_config(model_config)
 
 
-def _from_config(model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION)
+def _from_config(config: RunConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        model_config, dtype=dtype, attn_implementation=SEGMENT_ATTENTION, trust_remote_code=config.trust_remote_code
+    )
 
 
 def _faults(config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -21,7 +21,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         return _without_traces(AutoTokenizer.from_pretrained(str(TINY_TOKENIZER)))
     own = config.tokenizer_name is not None
     option, revision = ("--tokenizer-name", None) if own else ("--model-name", config.model_revision)
-    tokenizer = from_hub(AutoTokenizer, name, option, revision=revision)
+    tokenizer = from_hub(AutoTokenizer, name, option, trust=config.trust_remote_code, revision=revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

@@ -137,7 +137,9 @@ def _from_library(config: RunConfig) -> dict[str, Any]:
     if name in BUILTIN:
         found = tiny_config(name, load_tokenizer(config))
     else:
-        found = from_hub(AutoConfig, name, "--model-name", revision=config.model_revision)
+        found = from_hub(
+            AutoConfig, name, "--model-name", trust=config.trust_remote_code, revision=config.model_revision
+        )
     geometry: dict[str, Any] = found.to_dict()
     return {
         key: value for key, value in geometry.items() if key not in ("dtype", "torch_dtype", "transformers_version")

@@ -26,11 +26,19 @@ from numina_finetune.models.load import base_fingerprint, blank_model
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.estimate import GB, Estimate, estimate
-from numina_finetune.train.place import DATA_REPORT, METRICS, RunPlace, exports_of, open_place
+from numina_finetune.train.place import DATA_REPORT, METRICS, RunPlace, exports_of, open_place, pushed_as
 from numina_finetune.train.preparation import Data, describe, prepare
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.provenance import redacted
-from numina_finetune.train.record import RECORD, facts_of, read_record, resume_candidates, resume_faults
+from numina_finetune.train.record import (
+    RECORD,
+    facts_of,
+    model_commit,
+    pinned,
+    read_record,
+    resume_candidates,
+    resume_faults,
+)
 from numina_finetune.train.trackers import DEFAULT_PROJECT, TENSORBOARD
 from numina_finetune.train.trainer import Plan
 
@@ -53,19 +61,22 @@ def dry_run(config: RunConfig, make_backend: Callable[[RunConfig], Backend], ori
         UserError: what would stop the run: of its data, its batch on this mesh, or the run that it would continue.
     """
     backend, place = make_backend(config), open_place(config)
-    tokenizer = load_tokenizer(config)
     record = backend.processes.broadcast(read_record(place.store) if backend.process_index == 0 else None)
+    asked, commit = config, model_commit(config, record)
+    config = pinned(asked, commit)
+    tokenizer = load_tokenizer(config)
     data, plan = prepare(config, backend, tokenizer, record)
     if backend.process_index == 0:
         reckoned = estimate(
             blank_model(config, tokenizer), config, config.per_device_train_batch_size, backend.mesh_shape
         )
         page = {
-            "configuration": configuration_lines(config, origins),
+            "configuration": configuration_lines(asked, origins),
             "what would run": [
+                f"{config.model_name}, {f'commit {commit}' if commit else 'which has no commits'}",
                 f"{backend.device_description}; mesh {backend.mesh_shape}",
                 f"{describe(data, plan)}; {config.max_seq_length} tokens a row",
-                _beginning(config, place, record, backend, data, plan, tokenizer),
+                _beginning(asked, config, place, record, backend, data, plan, tokenizer),
             ],
             "data": _data_lines(config, data),
             "the first batch, targets between ⟦ and ⟧": batch_lines(_first_batch(data, plan), tokenizer),
@@ -127,6 +138,8 @@ def place_lines(config: RunConfig, place: RunPlace) -> Iterator[str]:
     if not place.is_local:
         yield f"copies on their way: {place.folder}"
     yield f"token cache: {config.token_cache or user_cache()} (filled by this dry run)"
+    for name, model_id in pushed_as(config).items() if config.push_to_hub else ():
+        yield f"hub: {name}/ to {model_id}"
     if "tensorboard" in config.trackers:
         yield f"TensorBoard: {place.url}/{TENSORBOARD}"
     if "wandb" in config.trackers:
@@ -154,6 +167,7 @@ def _data_lines(config: RunConfig, data: Data) -> Iterator[str]:
 
 
 def _beginning(
+    asked: RunConfig,
     config: RunConfig,
     place: RunPlace,
     record: Mapping[str, object] | None,
@@ -170,7 +184,7 @@ def _beginning(
         may_change = config.allow_data_change
         resume_faults(record, data_key=data_key, tokenizer=fingerprint, base=base, data_may_change=may_change)
     facts = facts_of(
-        config,
+        asked,
         data_key=data_key,
         tokenizer=fingerprint,
         base=base,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
@@ -66,6 +69,18 @@ class RunPlace:
         """Whether the exported model or adapter is there, whole."""
         return any(self.store.stat(f"{name}/{last}") is not None for last in _LAST)
 
+    @contextmanager
+    def exported(self, name: str) -> Iterator[Path]:
+        """A folder with the exported model or adapter, of this life or an earlier one's."""
+        if self.is_local:
+            yield self.folder / name
+            return
+        stored = open_store(f"{self.url}/{name}")
+        with TemporaryDirectory(prefix="numina-export-") as scratch:
+            for file in stored.names():
+                stored.download(file, Path(scratch) / file)
+            yield Path(scratch)
+
     def publish_exported(self, name: str) -> None:
         """Store the exported model or adapter."""
         if self.is_local:
@@ -85,6 +100,12 @@ def exports_of(config: RunConfig) -> tuple[str, ...]:
     if not config.lora_rank:
         return (MODEL,)
     return {"merged": (MODEL,), "adapter": (ADAPTER,), "both": (MODEL, ADAPTER)}[config.lora_export]
+
+
+def pushed_as(config: RunConfig) -> dict[str, str]:
+    """Where on the hub each exported folder goes; an adapter beside a model goes beside it."""
+    model_id, (first, *others) = config.hub_model_id or config.resolved_run_id, exports_of(config)
+    return {first: model_id, **{name: f"{model_id}-{name}" for name in others}}
 
 
 def open_place(config: RunConfig) -> RunPlace:

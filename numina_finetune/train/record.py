@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from numina_finetune.checkpoint.reading import Checkpoint, Unsound, checkpoint_at, committed, drop_unsound, of_step
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
+from numina_finetune.models.hub import commit_of
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
 from numina_finetune.train.place import RunPlace
 from numina_finetune.train.provenance import git_state, redacted, versions
@@ -54,8 +55,14 @@ def write_record(
     tokenizer: str,
     base: str | None,
     total_steps: int,
+    commit: str | None,
 ) -> None:
-    """Write the record of a run's first life."""
+    """Write the record of a run's first life.
+
+    Args:
+        config: as the run was asked for.
+        commit: of the model on the hub.
+    """
     record = {
         "run_id": config.resolved_run_id,
         "identity": config.identity(),
@@ -64,11 +71,43 @@ def write_record(
         "data_key": data_key,
         "tokenizer": tokenizer,
         "base": base,
+        "model_commit": commit,
         "config": redacted(config.to_mapping()),
         "versions": versions(),
         "git": git_state(),
     }
     store.write(RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+
+
+def recorded_config(record: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> RunConfig:
+    """The configuration of a run, its model at the commit that it began with.
+
+    Args:
+        where: the record stands.
+        trust_remote_code: whether code that comes with the model may be run here, whatever the run allowed.
+    """
+    config = RunConfig.from_mapping(record["config"], where)
+    return replace(pinned(config, record.get("model_commit")), trust_remote_code=trust_remote_code)
+
+
+def model_commit(config: RunConfig, record: Mapping[str, Any] | None) -> str | None:
+    """The commit of the model on the hub that all lives of the run load; None where it has none.
+
+    A run of before commits were recorded goes on with what its revision means now.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if record is not None:
+        return record.get("model_commit")
+    return commit_of(config.model_name, config.model_revision)
+
+
+def pinned(config: RunConfig, commit: str | None) -> RunConfig:
+    """The configuration under its own name, with the model at a commit: a branch that moves changes no run."""
+    if commit is None:
+        return config
+    return replace(config, model_revision=commit, run_id=config.resolved_run_id)
 
 
 def check_output(config: RunConfig) -> None:

@@ -23,22 +23,25 @@ from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.sources import preflight
-from numina_finetune.errors import ConfigError, ExitCode, UserError
+from numina_finetune.errors import ConfigError, ExitCode, PushFailed, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
 from numina_finetune.models.load import base_fingerprint, load_config, load_generation_config, open_model
 from numina_finetune.models.precision import EXPORT_DTYPES
+from numina_finetune.models.push import PushOptions, push
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
 from numina_finetune.train.accuracy import MeasureAccuracy
 from numina_finetune.train.backend import Backend, say
-from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place
+from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place, pushed_as
 from numina_finetune.train.preparation import Data, describe, prepare
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.record import (
     check_output,
     facts_of,
+    model_commit,
+    pinned,
     read_record,
     resume_candidates,
     resume_faults,
@@ -71,18 +74,29 @@ def check(config: RunConfig, backend: str) -> None:
         ConfigError: all of it at once.
     """
     faults = [*config_faults(config), *launch.faults(backend), *missing_trackers(config)]
+    faults += PushOptions.of(config).faults(config.resolved_run_id)
     faults += preflight(config.datasets, config)
     devices = launch.device_count(backend)
     if devices is not None:
         faults += _problems(lambda: parse_mesh(config.mesh, devices))
     if config.model_name:
-        faults += _problems(lambda: load_config(config, load_tokenizer(config)))
+        known = _as_recorded(config)
+        faults += _problems(lambda: load_config(known, load_tokenizer(known)))
     if config.output_dir:
         faults += _problems(lambda: check_output(config))
     if "/" in config.resume_from_checkpoint:
         faults += _problems(lambda: checkpoint_at(config.resume_from_checkpoint))
     if faults:
         raise ConfigError(faults)
+
+
+def _as_recorded(config: RunConfig) -> RunConfig:
+    """With the model at the commit that the run began with, where it has begun."""
+    try:
+        record = read_record(open_store(config.run_url)) if config.output_dir else None
+    except UserError:  # told by the check of the output
+        record = None
+    return pinned(config, record.get("model_commit")) if record else config
 
 
 def train(
@@ -103,7 +117,7 @@ def train(
     try:
         finished = life.run()
     except BaseException as error:
-        kind = {UserError: "configuration", KeyboardInterrupt: "stopped"}
+        kind = {PushFailed: "crashed", UserError: "configuration", KeyboardInterrupt: "stopped"}
         name = next((name for cls, name in kind.items() if isinstance(error, cls)), "crashed")
         life.finish(name, "".join(traceback.format_exception_only(error)).strip())
         raise
@@ -126,15 +140,16 @@ class _Life:
 
     def run(self) -> bool:
         """Resume, train, export; whether the run is finished."""
-        config, backend, place = self.config, self.backend, self.place
+        asked, backend, place = self.config, self.backend, self.place
+        record, commit = backend.processes.broadcast(self._record() if backend.process_index == 0 else None)
+        config = self.config = pinned(asked, commit)
         tokenizer = load_tokenizer(config)
-        record = backend.processes.broadcast(read_record(place.store) if backend.process_index == 0 else None)
         data, plan = prepare(config, backend, tokenizer, record)
         say(backend, f"{place.url}: {describe(data, plan)}")
         fingerprint, base = tokenizer_hash(tokenizer), base_fingerprint(config)
-        self._claim(record, data, plan, fingerprint, base)
+        self._claim(asked, record, commit, data, plan, fingerprint, base)
         facts = facts_of(
-            config,
+            asked,
             data_key=data.index.data_key,
             tokenizer=fingerprint,
             base=base,
@@ -146,6 +161,7 @@ class _Life:
         if candidates and candidates[0].step >= plan.total_steps and all(map(place.has_exported, exports_of(config))):
             self.progress.step = candidates[0].step
             say(backend, f"nothing to do: the run has made all {plan.total_steps} steps; {_whereabouts(config, place)}")
+            self._push()
             return True
 
         model, weights = open_model(config, tokenizer, weights=not candidates)
@@ -261,8 +277,20 @@ class _Life:
         self.place.publish(METRICS)
         self.place.publish_folder(TENSORBOARD)
 
+    def _record(self) -> tuple[dict[str, Any] | None, str | None]:
+        """What an earlier life recorded, and the commit of the model."""
+        record = read_record(self.place.store)
+        return record, model_commit(self.config, record)
+
     def _claim(
-        self, record: Mapping[str, Any] | None, data: Data, plan: Plan, tokenizer: str, base: str | None
+        self,
+        asked: RunConfig,
+        record: Mapping[str, Any] | None,
+        commit: str | None,
+        data: Data,
+        plan: Plan,
+        tokenizer: str,
+        base: str | None,
     ) -> None:
         """Write the run's record in its first life; in a later one, refuse what does not match it."""
         if record is not None:
@@ -280,12 +308,13 @@ class _Life:
             self.place.store.write_json(DATA_REPORT, data.index.report)
             write_record(
                 self.place.store,
-                self.config,
+                asked,
                 global_batch=plan.batch.global_batch,
                 data_key=data.index.data_key,
                 tokenizer=tokenizer,
                 base=base,
                 total_steps=plan.total_steps,
+                commit=commit,
             )
         self.backend.processes.barrier()
 
@@ -309,7 +338,19 @@ class _Life:
             place.publish(METRICS)
             told = f"done: {progress.step} steps, {progress.tokens} tokens; {_whereabouts(config, place)}"
             say(self.backend, told)
+        self._push()
         self.backend.processes.barrier()
+
+    def _push(self) -> None:
+        """What was exported, in this life or an earlier one, onto the hub."""
+        config, place = self.config, self.place
+        if not config.push_to_hub or self.backend.process_index != 0:
+            return
+        for name, model_id in pushed_as(config).items():
+            again = f"the {name} is whole in {place.url}/{name}, and the same command pushes it"
+            with place.exported(name) as folder:
+                address = push(folder, model_id, private=config.hub_private, again=again)
+            say(self.backend, f"the {name} is on the hub: {address}")
 
     def _export_as(self, name: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
         config, place, progress = self.config, self.place, self.progress

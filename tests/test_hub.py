@@ -1,0 +1,165 @@
+"""Models from the hub and onto it, with the hub's real client, against a stand-in for the hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import constants
+from safetensors.torch import load_file
+
+from numina_finetune import cli
+from numina_finetune.config import RunConfig
+from numina_finetune.models.hub import weights_at_hand
+from numina_finetune.models.load import load_config, load_model
+from numina_finetune.models.tokenizer import load_tokenizer
+from tests.conftest import ROOT, environment, train
+from tests.hub import Hub, hub_here
+
+BASE = RunConfig(model_name="tiny-qwen3", precision="fp32")
+PUSHED = ("--model-name", "org/tiny", "--max-steps", "2", "--save-steps", "0", "--backend", "native")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with hub_here() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as the hub has one."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = load_tokenizer(BASE)
+    load_model(BASE, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def numina(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "numina_finetune", *arguments],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_run_keeps_the_commit_it_began_with_and_pushes_once_the_hub_can(hub: Hub, base: Path, tmp_path: Path) -> None:
+    env = environment(**hub.environment(tmp_path / "hf"))
+    began_with = hub.commit("org/tiny", base)
+    hub.faulty = True
+    first = train(tmp_path / "runs", *PUSHED, "--push-to-hub", "--hub-private", env=env)
+    assert first.code == 1 and "Traceback" not in first.output, first.output
+    assert "the model is whole in" in first.output and "the same command pushes it" in first.output
+    assert first.outcome()["kind"] == "crashed", "a supervisor runs it again"
+    model = first.run / "model"
+    assert yaml.safe_load((first.run / "run.yaml").read_text(encoding="utf-8"))["model_commit"] == began_with
+
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    config = json.loads((moved / "config.json").read_text(encoding="utf-8"))
+    (moved / "config.json").write_text(json.dumps({**config, "hidden_size": 96}), encoding="utf-8")
+    assert hub.commit("org/tiny", moved) != began_with
+    hub.faulty = False
+    second = train(tmp_path / "runs", *PUSHED, "--push-to-hub", "--hub-private", env=env)
+    assert second.code == 0, second.output
+    assert "nothing to do: the run has made all 2 steps" in second.output
+    name = f"me/{first.run.name}"
+    assert hub.uploaded[name] == {path.name: path.read_bytes() for path in model.iterdir()}
+    assert hub.private[name]
+
+    out = tmp_path / "out"
+    pushed = ("--push-to-hub", "--hub-model-id", "org/again")
+    exported = numina("export", str(first.run), "--output", str(out), *pushed, env=env)
+    assert exported.returncode == 0, exported.stderr
+    again, then = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+    assert all((again[name] == then[name]).all() for name in then), "the base's branch has moved, the run has not"
+    assert sorted(hub.uploaded["org/again"]) == sorted(path.name for path in out.iterdir())
+
+
+@pytest.mark.usefixtures("native_here")
+def test_a_push_is_refused_before_anything_is_prepared(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: str) -> str:
+        given = ("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k", "--backend", "native")
+        places = ("--output-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache"))
+        assert cli.run_command([*given, *places, *arguments]) == 2
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "--push-to-hub with HF_HUB_OFFLINE set" in told("--push-to-hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "absent"))
+    both = told("--push-to-hub", "--hub-model-id", "a/b/c")
+    assert "--hub-model-id 'a/b/c' cannot name a model" in both and "--push-to-hub needs a token" in both
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    assert "the hub refuses this machine's token" in told("--push-to-hub")
+    unasked = told("--hub-model-id", "a/b", "--hub-private")
+    assert "--hub-model-id is about a push" in unasked and "--hub-private is about a push" in unasked
+    assert cli.run_command(["export", str(tmp_path), "--output", str(tmp_path / "out"), "--hub-private"]) == 2
+
+
+def coded(base: Path, folder: Path, ran: Path) -> Path:
+    """The model with a configuration class of its own, whose code leaves a mark where it is run."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "own_qwen3", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code = (
+        "from pathlib import Path\nfrom transformers import Qwen3Config\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own_qwen3'\n"
+    )
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("native_here")
+def test_code_that_comes_with_a_model_is_run_only_when_asked(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = coded(base, tmp_path / "coded", tmp_path / "ran")
+    given = ("--model-name", str(folder), "--dataset-name", "synthetic-gsm8k", "--backend", "native")
+    assert cli.run_command([*given, "--output-dir", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert "brings Python code of its own" in told and "--trust-remote-code" in told
+    asked = ("generate", "--model", str(folder), "--prompt", "a", "--backend", "native")
+    assert cli.run_command([*asked]) == 2
+    assert "brings Python code of its own" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    config = RunConfig(model_name=str(folder), tokenizer_name=str(base), trust_remote_code=True)
+    with pytest.raises(Exception, match="is a own_qwen3 model"):
+        load_config(config, load_tokenizer(config))
+    assert (tmp_path / "ran").exists()
+
+
+def test_weights_are_at_hand_in_a_folder_or_whole_in_the_cache(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert weights_at_hand(str(base), None) and not weights_at_hand("org/tiny", None)
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40, encoding="utf-8")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (snapshot / "model-1.safetensors").touch()
+    assert not weights_at_hand("org/tiny", None), "one of two files is missing"
+    (snapshot / "model-2.safetensors").touch()
+    assert weights_at_hand("org/tiny", None) and weights_at_hand("org/tiny", "1" * 40)
