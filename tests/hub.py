@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 USER, TOKEN = "me", "hf_abcdefghijklmnopqrstuvwxyz"
 Files = dict[str, bytes]
 
@@ -45,12 +48,17 @@ class Hub:
         self._heads[model] = name
         return name
 
-    def environment(self, folder: Path) -> dict[str, str]:
-        """What leads the client here, with a cache of its own."""
-        return {
-            **{"HF_ENDPOINT": self.url, "HF_HOME": str(folder), "HF_TOKEN": TOKEN},
-            **{"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"},
-        }
+    def lead_here(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Have this process's client ask this hub, signed in, with a cache of its own."""
+        for name, value in (
+            ("ENDPOINT", self.url),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_CACHE", str(cache)),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+        ):
+            patch.setattr(constants, name, value)
+        patch.setenv("HF_TOKEN", TOKEN)
 
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content."""
@@ -83,7 +91,7 @@ class Hub:
                 return 500, {}, b"{}"
             asked = json.loads(body)
             model = f"{asked.get('organization') or USER}/{asked['name']}"
-            self.private[model] = bool(asked.get("private"))
+            self.private[model] = asked.get("visibility") == "private"
             return self._json({"url": f"{self.url}/{model}", "name": model})
         if "/preupload/" in path:
             modes = [

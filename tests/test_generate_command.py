@@ -48,7 +48,8 @@ def test_text_in_a_pipe_is_one_prompt_and_a_dash_is_one_a_line(
     assert cli.run_command([*TINY]) == 0
     assert "1 prompts, 1 to do" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
-    assert cli.run_command([*TINY, "--prompts", "-", "--tools", "python", "--sandbox-minimum", "none"]) == 0
+    limits = ("--max-rounds", "2", "--tool-seconds", "5", "--tool-memory-mb", "512", "--tool-output-chars", "100")
+    assert cli.run_command([*TINY, "--prompts", "-", "--tools", "python", "--sandbox-minimum", "none", *limits]) == 0
     said = capsys.readouterr()
     assert "2 prompts, 2 to do" in said.err and "# prompt 1" in said.out
 

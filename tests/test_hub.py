@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from numina_finetune.config import RunConfig
 from numina_finetune.models.hub import weights_at_hand
 from numina_finetune.models.load import load_config, load_model
 from numina_finetune.models.tokenizer import load_tokenizer
-from tests.conftest import ROOT, environment, train
+from tests.conftest import TINY
 from tests.hub import Hub, hub_here
 
 BASE = RunConfig(model_name="tiny-qwen3", precision="fp32")
-PUSHED = ("--model-name", "org/tiny", "--max-steps", "2", "--save-steps", "0", "--backend", "native")
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +39,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def numina(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "numina_finetune", *arguments],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_run_keeps_the_commit_it_began_with_and_pushes_once_the_hub_can(hub: Hub, base: Path, tmp_path: Path) -> None:
-    env = environment(**hub.environment(tmp_path / "hf"))
+@pytest.mark.usefixtures("native_here")
+def test_a_run_keeps_the_commit_it_began_with_and_pushes_once_the_hub_can(
+    hub: Hub, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.lead_here(monkeypatch, tmp_path / "hub")
     began_with = hub.commit("org/tiny", base)
+    asked = ("--model-name", "org/tiny", "--max-steps", "2", "--save-steps", "0", "--backend", "native")
+    places = ("--output-dir", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache"))
+    command = [*TINY, *asked, *places, "--push-to-hub", "--hub-private"]
     hub.faulty = True
-    first = train(tmp_path / "runs", *PUSHED, "--push-to-hub", "--hub-private", env=env)
-    assert first.code == 1 and "Traceback" not in first.output, first.output
-    assert "the model is whole in" in first.output and "the same command pushes it" in first.output
-    assert first.outcome()["kind"] == "crashed", "a supervisor runs it again"
-    model = first.run / "model"
-    assert yaml.safe_load((first.run / "run.yaml").read_text(encoding="utf-8"))["model_commit"] == began_with
+    assert cli.run_command(command) == 1
+    told = capsys.readouterr().err
+    assert "the model is whole in" in told and "the same command pushes it" in told
+    (run,) = (tmp_path / "runs").iterdir()
+    outcome = json.loads((run / "attempts" / "1" / "outcome.json").read_text(encoding="utf-8"))
+    assert outcome["kind"] == "crashed", "a supervisor runs it again"
+    assert yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))["model_commit"] == began_with
 
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
@@ -70,20 +63,18 @@ def test_a_run_keeps_the_commit_it_began_with_and_pushes_once_the_hub_can(hub: H
     (moved / "config.json").write_text(json.dumps({**config, "hidden_size": 96}), encoding="utf-8")
     assert hub.commit("org/tiny", moved) != began_with
     hub.faulty = False
-    second = train(tmp_path / "runs", *PUSHED, "--push-to-hub", "--hub-private", env=env)
-    assert second.code == 0, second.output
-    assert "nothing to do: the run has made all 2 steps" in second.output
-    name = f"me/{first.run.name}"
-    assert hub.uploaded[name] == {path.name: path.read_bytes() for path in model.iterdir()}
-    assert hub.private[name]
+    assert cli.run_command(command) == 0
+    said = capsys.readouterr().out
+    assert "nothing to do: the run has made all 2 steps" in said and f"/me/{run.name}" in said
+    written = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
+    assert hub.uploaded[f"me/{run.name}"] == written and hub.private[f"me/{run.name}"]
 
     out = tmp_path / "out"
-    pushed = ("--push-to-hub", "--hub-model-id", "org/again")
-    exported = numina("export", str(first.run), "--output", str(out), *pushed, env=env)
-    assert exported.returncode == 0, exported.stderr
-    again, then = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+    export = ["export", str(run), "--output", str(out), "--push-to-hub", "--hub-model-id", "org/again"]
+    assert cli.run_command(export) == 0
+    again, then = load_file(out / "model.safetensors"), load_file(run / "model" / "model.safetensors")
     assert all((again[name] == then[name]).all() for name in then), "the base's branch has moved, the run has not"
-    assert sorted(hub.uploaded["org/again"]) == sorted(path.name for path in out.iterdir())
+    assert sorted(hub.uploaded["org/again"]) == sorted(written) and not hub.private["org/again"]
 
 
 @pytest.mark.usefixtures("native_here")
@@ -104,8 +95,8 @@ def test_a_push_is_refused_before_anything_is_prepared(
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "absent"))
     both = told("--push-to-hub", "--hub-model-id", "a/b/c")
     assert "--hub-model-id 'a/b/c' cannot name a model" in both and "--push-to-hub needs a token" in both
+    hub.lead_here(monkeypatch, tmp_path / "hub")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     assert "the hub refuses this machine's token" in told("--push-to-hub")
     unasked = told("--hub-model-id", "a/b", "--hub-private")
     assert "--hub-model-id is about a push" in unasked and "--hub-private is about a push" in unasked

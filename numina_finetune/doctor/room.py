@@ -34,7 +34,7 @@ def check_room(config: RunConfig, machine: Machine = Machine()) -> Iterator[Find
         return
     yield ok("model", f"{config.model_name} has {parameters / 1e9:.2f}B parameters")
     trained = 0 if config.lora_rank else parameters
-    yield from _memory(config, parameters, trained, machine)
+    yield from _memory(parameters, trained, machine)
     if not Path(config.model_name).is_dir() and not is_staged(config.model_name) and parameters > 1e8:
         yield from _disk(
             "hub cache", Path(constants.HF_HUB_CACHE), parameters * STORED_BYTES, "HF_HOME on a larger disk"
@@ -57,7 +57,7 @@ def parameters_of(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _memory(config: RunConfig, parameters: int, trained: int, machine: Machine) -> Iterator[Finding]:
+def _memory(parameters: int, trained: int, machine: Machine) -> Iterator[Finding]:
     needed = trained * TRAINING_BYTES + (parameters - trained) * STORED_BYTES
     told = f"weights, gradients and optimizer take {needed / GB:.1f} GB"
     if tpu_chips(machine):
