@@ -120,9 +120,13 @@ def _prompts(options: GenerateOptions, model: AskedModel) -> Prompts:
 
 
 def _answer(options: GenerateOptions, task: _Task, batch: range, backend: Backend) -> list[list[Attempt]]:
-    """``--samples`` attempts at each prompt of the batch."""
+    """``--samples`` attempts at each prompt of the batch.
+
+    Equal prompts share theirs: what is drawn for the second of two in one batch would else depend on the batches.
+    """
     decoding = task.model.decoding(options, task.prompts.stop_ids(task.model.generation))
-    numbers = [number for number in batch for _ in range(options.samples)]
+    places = {task.keys[number]: number for number in reversed(batch)}
+    numbers = [number for number in sorted(places.values()) for _ in range(options.samples)]
     if options.tools is None:
         asked = [task.tokens[number] for number in numbers]
         attempts = answer_directly(asked, task.prompts, backend.generate, decoding)
@@ -130,7 +134,11 @@ def _answer(options: GenerateOptions, task: _Task, batch: range, backend: Backen
         talks = [chat_of(task.questions[number], task.prompts, options) for number in numbers]
         tools = tools_of(options)
         attempts = answer_with_python(talks, task.prompts, backend.generate, decoding, tools, backend.processes)
-    return [attempts[start : start + options.samples] for start in range(0, len(attempts), options.samples)]
+    found = {
+        task.keys[numbers[start]]: attempts[start : start + options.samples]
+        for start in range(0, len(attempts), options.samples)
+    }
+    return [found[task.keys[number]] for number in batch]
 
 
 class _Answers:

@@ -59,23 +59,25 @@ def test_a_file_of_answers_goes_on_where_it_was_cut_and_takes_no_others(
 ) -> None:
     asked = tmp_path / "asked.jsonl"
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+3?"}]
-    rows = [{"prompt": "2+2?"}, {"messages": chat}, {"messages": chat[1:]}, {"prompt": "5+5?"}]
+    rows = [{"prompt": "2+2?"}, {"messages": chat}, {"messages": chat[1:]}, {"prompt": "2+2?"}]
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out = tmp_path / "new" / "answers.jsonl"
     drawn = ("--temperature", "0.8", "--top-p", "0.9", "--top-k", "40", "--samples", "2", "--batch-size", "2")
     command = [*TINY, *drawn, "--prompts", str(asked), "--system-prompt", "Be brief.", "--output", str(out)]
     assert cli.run_command(command) == 0
     whole = records(out)
-    assert [record.get("prompt", record.get("messages")) for record in whole] == ["2+2?", chat, chat[1:], "5+5?"]
+    assert [record.get("prompt", record.get("messages")) for record in whole] == ["2+2?", chat, chat[1:], "2+2?"]
     assert all(len(record["answers"]) == 2 for record in whole)
     assert whole[1]["answers"] == whole[2]["answers"], "--system-prompt stands where a chat has no system message"
-    assert whole[0]["answers"][0] != whole[0]["answers"][1]
+    assert whole[0] == whole[3] and whole[0]["answers"][0] != whole[0]["answers"][1]
     text = out.read_text(encoding="utf-8")
     out.write_text(text[: text.index("\n", text.index("\n") + 1) + 20], encoding="utf-8")  # two lines, and a bit
     capsys.readouterr()
     assert cli.run_command([*command[:-2], "--batch-size", "8", "--output", str(out)]) == 0
     assert "4 prompts, 2 to do" in capsys.readouterr().err
-    assert out.read_text(encoding="utf-8") == text, "what is drawn does not depend on where it was cut"
+    assert out.read_text(encoding="utf-8") == text, (
+        "what is drawn depends neither on the batches nor on where it was cut"
+    )
     assert cli.run_command([*command, "--seed", "1"]) == 2
     assert "line 1 is of another command" in capsys.readouterr().err
     assert out.read_text(encoding="utf-8") == text
