@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -63,3 +64,21 @@ class TrainingDiverged(Exception):
     """Too many optimizer steps in a row had a non-finite loss or gradient."""
 
     exit_code = ExitCode.CRASHED
+
+
+def all_found(needed: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What each of several searches finds, by its name.
+
+    Raises:
+        ConfigError: what is wrong in any of them, all at once.
+    """
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, find in needed.items():
+        try:
+            found[name] = find()
+        except UserError as error:
+            faults += error.problems
+    if faults:
+        raise ConfigError(faults)
+    return found

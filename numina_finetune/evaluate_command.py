@@ -13,7 +13,7 @@ from numina_finetune.config import RunConfig
 from numina_finetune.data.chat import ChatOptions
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.tir import PYTHON_TOOL
-from numina_finetune.errors import ConfigError, ExitCode, UserError
+from numina_finetune.errors import ExitCode, all_found
 from numina_finetune.evaluation.compare import compare
 from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.page import html_comparison, markdown_comparison
@@ -135,15 +135,7 @@ def _all_of(options: EvaluateOptions) -> tuple[AskedModel, _Asked]:
     needed: dict[str, Callable[[], Any]] = {"model": lambda: find_model(options), "task": lambda: _load(options)}
     if options.tools:
         needed["sandbox"] = lambda: require(Minimum(options.sandbox_minimum))
-    found: dict[str, Any] = {}
-    faults: list[str] = []
-    for name, find in needed.items():
-        try:
-            found[name] = find()
-        except UserError as error:
-            faults += error.problems
-    if faults:
-        raise ConfigError(faults)
+    found = all_found(needed)
     return found["model"], found["task"]
 
 

@@ -17,7 +17,7 @@ from numina_finetune.data.chat import ChatOptions
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.preview import printable
 from numina_finetune.data.tir import PYTHON_TOOL
-from numina_finetune.errors import ConfigError, ExitCode, UserError
+from numina_finetune.errors import ConfigError, ExitCode, all_found
 from numina_finetune.evaluation.asked import Question, chat_of, read_questions, tokens_of
 from numina_finetune.evaluation.options import GenerateOptions
 from numina_finetune.evaluation.prompts import PromptOptions, Prompts
@@ -92,15 +92,7 @@ def _found(options: GenerateOptions, given: TextIO | None) -> _Task:
     }
     if options.tools:
         needed["sandbox"] = lambda: require(Minimum(options.sandbox_minimum))
-    found: dict[str, Any] = {}
-    faults: list[str] = []
-    for name, find in needed.items():
-        try:
-            found[name] = find()
-        except UserError as error:
-            faults += error.problems
-    if faults:
-        raise ConfigError(faults)
+    found = all_found(needed)
     model, questions = found["model"], found["questions"]
     prompts = _prompts(options, model)
     tokens = tokens_of(questions, prompts, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from numina_finetune.config import RunConfig
 from numina_finetune.models.hub import weights_at_hand
 from numina_finetune.models.load import load_config, load_model
 from numina_finetune.models.tokenizer import load_tokenizer
+from numina_finetune.storage import open_store
+from numina_finetune.train.place import RunPlace, pushed_as
 from tests.conftest import TINY
+from tests.gcs import BUCKET, gcs
 from tests.hub import Hub, hub_here
 
 BASE = RunConfig(model_name="tiny-qwen3", precision="fp32")
@@ -101,6 +105,25 @@ def test_a_push_is_refused_before_anything_is_prepared(
     unasked = told("--hub-model-id", "a/b", "--hub-private")
     assert "--hub-model-id is about a push" in unasked and "--hub-private is about a push" in unasked
     assert cli.run_command(["export", str(tmp_path), "--output", str(tmp_path / "out"), "--hub-private"]) == 2
+
+
+def test_an_export_that_only_the_bucket_has_is_fetched_to_be_pushed(tmp_path: Path) -> None:
+    with gcs():
+        place = RunPlace(open_store(f"gs://{BUCKET}/runs/mine"), tmp_path / "here")
+        (tmp_path / "here" / "model").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "here" / "model" / name).write_bytes(name.encode())
+        place.publish_exported("model")
+        elsewhere = RunPlace(place.store, tmp_path / "another-machine")
+        with elsewhere.exported("model") as folder:
+            found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert found == {name: name.encode() for name in ("config.json", "model.safetensors")}
+
+
+def test_an_adapter_beside_a_model_is_pushed_beside_it() -> None:
+    both = RunConfig(lora_rank=4, hub_model_id="me/math")
+    assert pushed_as(both) == {"model": "me/math", "adapter": "me/math-adapter"}
+    assert pushed_as(replace(both, lora_export="adapter")) == {"adapter": "me/math"}
 
 
 def coded(base: Path, folder: Path, ran: Path) -> Path:

@@ -179,5 +179,6 @@ def passed_faults(given: Mapping[str, Any]) -> list[str]:
     reasons = {
         "learning_rate": "the sweep sets it: give the rates to --lrs",
         "run_id": "each trial has a name of its own: give the sweep an --output-dir",
+        "hub_model_id": "every trial would push to it: push the best one with `numina-finetune export`",
     }
     return [f"{flag(name)} {given[name]}: {why}" for name, why in reasons.items() if given.get(name) is not None]

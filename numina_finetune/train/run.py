@@ -338,8 +338,8 @@ class _Life:
             place.publish(METRICS)
             told = f"done: {progress.step} steps, {progress.tokens} tokens; {_whereabouts(config, place)}"
             say(self.backend, told)
-        self._push()
         self.backend.processes.barrier()
+        self._push()
 
     def _push(self) -> None:
         """What was exported, in this life or an earlier one, onto the hub."""
