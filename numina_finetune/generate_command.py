@@ -59,7 +59,7 @@ def run_generate(
     answers = _Answers(Path(options.output).expanduser()) if options.output else None
     done = answers.matching(task.keys) if answers else 0
     backend = make_backend(task.model.config)
-    first = backend.process_index == 0
+    first, done = backend.process_index == 0, backend.processes.broadcast(done)  # the file is on the first one's host
     if first and answers:
         answers.begin(done)
     _tell(backend, f"{len(task.questions)} prompts, {len(task.questions) - done} to do; {backend.device_description}")

@@ -53,7 +53,7 @@ def test_the_configuration_is_whole_says_where_it_comes_from_and_gives_the_same_
     assert from_file.seed == 7 and from_file.run_id == again.run_id and from_file.system_prompt == text
     assert "remat: none  # of --config" in page["configuration"].splitlines()
     assert "seed: 7  # given" in page["configuration"].splitlines()
-    assert "wandb: project WANDB_PROJECT or numina_finetune" in page["where everything goes"]
+    assert "wandb: project numina_finetune" in page["where everything goes"]
 
 
 def test_the_first_batch_is_shown_as_the_model_sees_it(dry: Callable[..., Page]) -> None:

@@ -39,7 +39,7 @@ from numina_finetune.train.record import (
     resume_candidates,
     resume_faults,
 )
-from numina_finetune.train.trackers import DEFAULT_PROJECT, TENSORBOARD
+from numina_finetune.train.trackers import TENSORBOARD, wandb_project
 from numina_finetune.train.trainer import Plan
 
 SAMPLES_SHOWN = 3
@@ -143,7 +143,7 @@ def place_lines(config: RunConfig, place: RunPlace) -> Iterator[str]:
     if "tensorboard" in config.trackers:
         yield f"TensorBoard: {place.url}/{TENSORBOARD}"
     if "wandb" in config.trackers:
-        yield f"wandb: project {config.tracker_project or f'WANDB_PROJECT or {DEFAULT_PROJECT}'}"
+        yield f"wandb: project {wandb_project(config)}"
 
 
 def _samples(batch: Batch, row: int) -> Iterator[Rendered]:

@@ -65,6 +65,11 @@ def missing_trackers(config: RunConfig) -> list[str]:
     ]
 
 
+def wandb_project(config: RunConfig) -> str:
+    """The project that the run belongs to."""
+    return config.tracker_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+
+
 def tracker_run_key(store: Store) -> str:
     """A name for the run that every life of it finds, in letters that trackers take for an id.
 
@@ -168,7 +173,7 @@ class _Wandb(_Tolerant):
         # What is not said here, wandb takes from its own variables: WANDB_MODE, WANDB_RUN_GROUP, WANDB_DIR, …
         group = {"group": config.tracker_group} if config.tracker_group else {}
         folder = {} if os.environ.get("WANDB_DIR") else {"dir": str(life.folder)}
-        project = config.tracker_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+        project = wandb_project(config)
         # wandb notes the command line by itself, with whatever stands in it.
         quiet = {"settings": {"x_disable_meta": True}} if redacted(sys.argv) != sys.argv else {}
         options = {"id": life.run_key, "name": config.resolved_run_id, "resume": "allow", **group, **folder, **quiet}
