@@ -27,13 +27,12 @@ from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.backend import Backend
 from numina_finetune.train.estimate import GB, Estimate, estimate
 from numina_finetune.train.place import DATA_REPORT, METRICS, RunPlace, exports_of, open_place, pushed_as
-from numina_finetune.train.preparation import Data, describe, prepare
+from numina_finetune.train.preparation import Data, describe, model_commit, prepare
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.provenance import redacted
 from numina_finetune.train.record import (
     RECORD,
     facts_of,
-    model_commit,
     pinned,
     read_record,
     resume_candidates,

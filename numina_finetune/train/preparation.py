@@ -1,4 +1,4 @@
-"""What a run trains on: the tokenised data, and how many steps of which batch it makes of it."""
+"""What a run trains, and on what: the model's commit, the tokenised data, and how many steps of which batch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numina_finetune.data.loader import Loader
 from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import evaluation_source
 from numina_finetune.data.token_index import TokenIndex, cap_samples, split_validation
+from numina_finetune.models.hub import commit_of
 from numina_finetune.train.backend import Backend, say
 from numina_finetune.train.batch import plan_batch, plan_steps
 from numina_finetune.train.trainer import Plan
@@ -36,6 +37,19 @@ def describe(data: Data, plan: Plan) -> str:
         f"{plan.total_steps} optimizer steps of {batch.global_batch} rows "
         f"({batch.accumulation} x {batch.rows_per_micro_batch})"
     )
+
+
+def model_commit(config: RunConfig, record: Mapping[str, Any] | None) -> str | None:
+    """The commit of the model on the hub that all lives of the run load; None where it has none.
+
+    A run of before commits were recorded goes on with what its revision means now.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if record is not None:
+        return record.get("model_commit")
+    return commit_of(config.model_name, config.model_revision)
 
 
 def prepare(

@@ -14,7 +14,6 @@ import yaml
 from numina_finetune.checkpoint.reading import Checkpoint, Unsound, checkpoint_at, committed, drop_unsound, of_step
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.errors import CheckpointError
-from numina_finetune.models.hub import commit_of
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
 from numina_finetune.train.place import RunPlace
 from numina_finetune.train.provenance import git_state, redacted, versions
@@ -88,19 +87,6 @@ def recorded_config(record: Mapping[str, Any], where: str, *, trust_remote_code:
     """
     config = RunConfig.from_mapping(record["config"], where)
     return replace(pinned(config, record.get("model_commit")), trust_remote_code=trust_remote_code)
-
-
-def model_commit(config: RunConfig, record: Mapping[str, Any] | None) -> str | None:
-    """The commit of the model on the hub that all lives of the run load; None where it has none.
-
-    A run of before commits were recorded goes on with what its revision means now.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    if record is not None:
-        return record.get("model_commit")
-    return commit_of(config.model_name, config.model_revision)
 
 
 def pinned(config: RunConfig, commit: str | None) -> RunConfig:

@@ -35,12 +35,11 @@ from numina_finetune.storage import open_store
 from numina_finetune.train.accuracy import MeasureAccuracy
 from numina_finetune.train.backend import Backend, say
 from numina_finetune.train.place import ADAPTER, DATA_REPORT, METRICS, RunPlace, exports_of, open_place, pushed_as
-from numina_finetune.train.preparation import Data, describe, prepare
+from numina_finetune.train.preparation import Data, describe, model_commit, prepare
 from numina_finetune.train.profiling import FOLDER as PROFILE
 from numina_finetune.train.record import (
     check_output,
     facts_of,
-    model_commit,
     pinned,
     read_record,
     resume_candidates,
