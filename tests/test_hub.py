@@ -20,6 +20,8 @@ from numina_finetune.models.load import load_config, load_model
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.storage import open_store
 from numina_finetune.train.place import RunPlace, pushed_as
+from numina_finetune.train.preparation import model_commit
+from numina_finetune.train.record import recorded_config
 from tests.conftest import TINY
 from tests.gcs import BUCKET, gcs
 from tests.hub import Hub, hub_here
@@ -159,6 +161,16 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked(
     with pytest.raises(Exception, match="is a own_qwen3 model"):
         load_config(config, load_tokenizer(config))
     assert (tmp_path / "ran").exists()
+
+
+def test_a_commit_changes_neither_the_runs_name_nor_whether_code_is_run() -> None:
+    asked = RunConfig(model_name="org/tiny", model_revision="main", trust_remote_code=True)
+    record = {"config": asked.to_mapping(), "model_commit": "1" * 40}
+    later = recorded_config(record, "run.yaml", trust_remote_code=False)
+    assert later.model_revision == "1" * 40 and later.resolved_run_id == asked.resolved_run_id
+    assert not later.trust_remote_code, "what a record allows, its reader has to allow again"
+    before_commits = recorded_config({"config": asked.to_mapping()}, "run.yaml", trust_remote_code=True)
+    assert before_commits == asked and model_commit(asked, {"config": {}}) is None
 
 
 def test_weights_are_at_hand_in_a_folder_or_whole_in_the_cache(

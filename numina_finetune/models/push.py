@@ -99,7 +99,7 @@ def _is_refused(token: str) -> bool:
         HfApi().whoami(token=token)
     except errors.HfHubHTTPError as error:
         return error.response is not None and error.response.status_code in _REFUSALS
-    except (OSError, httpx2.HTTPError):
+    except (OSError, ValueError, httpx2.HTTPError):
         logger.warning("the hub does not answer: whether it takes the token is seen at the push")
     return False
 
