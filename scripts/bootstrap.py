@@ -3,6 +3,7 @@
     python3.11 scripts/bootstrap.py quickstart     install, then the quickstart
     python3.11 scripts/bootstrap.py test           install, then the tests
     python3.11 scripts/bootstrap.py check          install, then ruff, mypy and the tests
+    python3.11 scripts/bootstrap.py docs           install, then the documentation's site, into site/
     python3.11 scripts/bootstrap.py install        install only
 
 What follows the word goes to the command: ``… test -k packing``.
@@ -23,7 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed"
 UV = "uv==0.13.8"
-EXTRAS = "dev,train"
+EXTRAS = "dev,docs,train"
 
 
 def install() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
         "install": [],
         "quickstart": [[str(PYTHON), "-m", "numina_finetune", "quickstart", *arguments]],
         "test": [tests],
+        "docs": [[str(PYTHON), "-m", "mkdocs", "build", "--strict", *arguments]],
         "check": [
             [str(PYTHON), "-m", "ruff", "check", "."],
             [str(PYTHON), "-m", "ruff", "format", "--check", "."],

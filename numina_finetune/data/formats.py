@@ -65,10 +65,14 @@ def format_example(
     Args:
         row: column name -> value.
         format: one of ``config.FORMATS``; ``auto`` recognises it by the row.
-        question_field, answer_field: columns that replace the format's own.
+        question_field: column of the question, instead of the format's own.
+        answer_field: column of the answer, instead of the format's own.
         messages_field: column of the OpenAI messages.
-        tool_calls_field, tool_name_field, tool_input_field, tool_output_field: columns of tool calls, see
-            ``tool_columns.py``. Rows of ``numina_tir`` that lack one of them are read by their code blocks.
+        tool_calls_field: column of OpenAI tool calls, see ``tool_columns.py``. Rows of ``numina_tir`` that lack one of
+            the four columns of tool calls that are named are read by their code blocks.
+        tool_name_field: column of the names of the tools.
+        tool_input_field: column of their inputs.
+        tool_output_field: column of their results.
         system_prompt: put first where the conversation has no system message of its own.
         gsm8k_style: ``plain`` strips GSM8K's ``<<48/2=24>>``, ``annotated`` keeps it, ``calculator`` makes it a call
             of the tool ``calculator``.

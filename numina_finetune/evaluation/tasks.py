@@ -73,7 +73,8 @@ def find_task(name: str, question_field: str | None, answer_field: str | None, s
     """The benchmark of that name, or a dataset: ``name``, ``name[split]`` (the split is test if none is named), a file.
 
     Args:
-        question_field, answer_field: the columns, if not the usual ones.
+        question_field: column of the question, if not the usual one.
+        answer_field: column of the answer, if not the usual one.
         style: how answers are read; None: the benchmark's, or told by the dataset's answers.
     """
     known = TASKS.get(name)

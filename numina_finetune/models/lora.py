@@ -187,7 +187,8 @@ def merged(
 
     Args:
         weight: ``[out, in]`` of a linear layer, or ``[experts, in, out]``.
-        lora_A, lora_B: see :class:`LoraLinear` and :class:`ExpertAdapter`.
+        lora_A: what the input is multiplied by, see :class:`LoraLinear` and :class:`ExpertAdapter`.
+        lora_B: what its product is multiplied by.
     """
     if weight.ndim == 2:
         return torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
