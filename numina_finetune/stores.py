@@ -137,6 +137,7 @@ class Store(ABC):
         return self.put(name, lambda: io.BytesIO(data), size=len(data), checksum=checksum, if_generation=if_generation)
 
     def write_json(self, name: str, value: Any, *, if_generation: int | None = None) -> Entry:
+        """Make the value, as indented JSON in UTF-8, the object, as `write` does."""
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         return self.write(name, text.encode(), if_generation=if_generation)
 

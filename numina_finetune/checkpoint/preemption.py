@@ -62,6 +62,7 @@ class StopNotice:
 
     @property
     def wanted(self) -> bool:
+        """Whether this process was asked to stop, by a signal or by the metadata service."""
         return bool(self._notices)
 
     @property

@@ -57,6 +57,7 @@ class Checkpoint:
 
     @property
     def address(self) -> str:
+        """Its folder or ``gs://…``, as `checkpoint_at` takes it."""
         return self.store.address(self.prefix).rstrip("/")
 
     def open(self) -> OpenCheckpoint:

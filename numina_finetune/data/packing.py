@@ -39,9 +39,11 @@ class Packing:
 
     @property
     def rows(self) -> int:
+        """How many there are."""
         return len(self.row_offsets) - 1
 
     def row(self, number: int) -> NDArray[np.int32]:
+        """[samples of the row], their numbers in order."""
         return self.samples[self.row_offsets[number] : self.row_offsets[number + 1]]
 
 

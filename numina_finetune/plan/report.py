@@ -31,9 +31,11 @@ class Plan:
 
     @property
     def capacity(self) -> int:
+        """Bytes of memory of one chip."""
         return self.tpu.chip.hbm_bytes
 
     def fits(self, outcome: Outcome) -> bool:
+        """Whether the compiler took the step, rather than refused it for memory."""
         return isinstance(outcome, Fitted)
 
 

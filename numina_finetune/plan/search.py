@@ -156,6 +156,7 @@ class Search:
 
 
 def replace_batch(candidate: Candidate, batch: int) -> Candidate:
+    """The same step with so many rows a device."""
     return replace(candidate, config=replace(candidate.config, per_device_train_batch_size=batch))
 
 

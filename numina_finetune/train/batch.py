@@ -20,6 +20,7 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
+        """Rows in one optimizer step, over all devices and micro-batches."""
         return self.rows_per_micro_batch * self.accumulation
 
 
