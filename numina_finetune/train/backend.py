@@ -74,19 +74,25 @@ class Backend(Protocol):
     """Devices, and the one compiled step on them."""
 
     name: str
+    """``xla`` or ``native``."""
     accelerator: Accelerator
+    """Holds process state and trackers, and is the door through which checkpoints are saved."""
     device_description: str
+    """What a person is told of the devices, in one line."""
     mesh_shape: MeshShape
+    """Devices along each axis."""
     processes: ProcessGroup
     """Messages between the run's processes that involve no device."""
     process_index: int
+    """Of this process, from 0."""
     process_count: int
+    """Hosts on XLA, one process each; natively the processes that a launcher started."""
     data_parallel_size: int
     """Rows of a micro-batch are split over this many replicas."""
     replicas_per_process: int
     """Of which this process feeds so many, contiguous from ``process_index * replicas_per_process``."""
-
     chips: Chips
+    """How many they are, and what they can do at most."""
 
     def place(
         self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True

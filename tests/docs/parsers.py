@@ -18,7 +18,7 @@ from numina_finetune.cli.groups import CONTEXT, DEFAULT_COMMAND
 from numina_finetune.cli.options import resolve_config
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
-from numina_finetune.evaluation.options import EvaluateOptions
+from numina_finetune.evaluation.options import EvaluateOptions, GenerateOptions
 from tests.conftest import ROOT
 
 WRAPPERS = {"lr_sweep.py": ["sweep"], "spot_supervisor.py": ["spot", "run"]}
@@ -138,6 +138,10 @@ def _of_evaluation(context: Any) -> list[str]:
     return EvaluateOptions.from_mapping(context.params).faults()
 
 
+def _of_generation(context: Any) -> list[str]:
+    return GenerateOptions.from_mapping(context.params).faults()
+
+
 def _of_sweep(context: Any) -> list[str]:
     return faults_of_ours(["train", *context.args, "--output-dir", "o"])
 
@@ -157,6 +161,7 @@ _VALUES: dict[str, Callable[[Any], list[str]]] = {
     "data report": _of_data,
     "data check": _of_data,
     "evaluate": _of_evaluation,
+    "generate": _of_generation,
     "sweep": _of_sweep,
     "spot run": _of_spot,
 }
