@@ -32,6 +32,7 @@ FOREIGN = {
     "--security-opt": "docker",
     "--logdir": "tensorboard",
     "--worker": "gcloud",
+    "--directory": "http.server",
     "--tasks": "lm_eval",
     "--num_fewshot": "lm_eval",
 }
