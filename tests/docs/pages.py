@@ -64,19 +64,25 @@ def prose_of(page: Path) -> str:
 
 
 def blocks(*languages: str) -> list[Block]:
-    """The fenced blocks of all pages in these languages; "" is a block that names none."""
+    """The fenced blocks of all pages in these languages."""
     found = []
     for page in pages():
         for match in _FENCE.finditer(text_of(page)):
-            if match["language"] in languages:
+            if _language(match) in languages:
                 line = text_of(page).count("\n", 0, match.start()) + 1
                 lines = (each.removeprefix(match["indent"]) for each in match["text"].splitlines())
-                found.append(Block(page, line, match["language"], "\n".join(lines) + "\n"))
+                found.append(Block(page, line, _language(match), "\n".join(lines) + "\n"))
     return found
 
 
+def _language(match: re.Match[str]) -> str:
+    """As the block says it; one that says none is for a shell if a program's name stands at its beginning."""
+    shell = re.match(r"\s*([A-Z_]+=\S+ )*(numina-finetune|python|accelerate|torchrun|gcloud|pip)\b", match["text"])
+    return match["language"] or ("bash" if shell else "text")
+
+
 def languages() -> set[str]:
-    return {match["language"] for page in pages() for match in _FENCE.finditer(text_of(page))}
+    return {_language(match) for page in pages() for match in _FENCE.finditer(text_of(page))}
 
 
 def commands() -> list[Command]:

@@ -100,7 +100,13 @@ OTHERS = frozenset(
 
 
 def faults_of_ours(arguments: list[str]) -> list[str]:
-    """What is wrong with ``numina-finetune …``: its options, their values, and those of the training that it wraps."""
+    """What is wrong with ``numina-finetune …``: its options, their values, and those of the training that it wraps.
+
+    ``…`` among the words stands for options of the reader's, which are whatever is missing.
+    """
+    if "…" in arguments:
+        given = [word for word in arguments if word != "…"]
+        return [fault for fault in faults_of_ours(given) if " is missing: " not in fault]
     command, name = tree(), "numina-finetune"
     if arguments in (["--help"], ["--version"]):
         return []
@@ -149,7 +155,10 @@ def _of_sweep(context: Any) -> list[str]:
 def _of_spot(context: Any) -> list[str]:
     place = context.params["output_dir"] or ""
     own = [] if place.startswith("gs://") else [f"--output-dir {place} is no bucket"]
-    return [*own, *faults_of_ours(["train", *(context.params["training"] or []), "--output-dir", "gs://b/p"])]
+    training = context.params["training"] or []
+    if training[:1] == ["run"]:  # a pipeline
+        return [*own, *faults_of_ours([*training, "--output-dir", "gs://b/p"])]
+    return [*own, *faults_of_ours(["train", *training, "--output-dir", "gs://b/p"])]
 
 
 _VALUES: dict[str, Callable[[Any], list[str]]] = {
@@ -175,6 +184,7 @@ def _config(given: dict[str, Any], faults: list[str]) -> RunConfig:
     values = {name: given.get(name) for name in names - {"datasets"}}
     if own:
         values |= {"dataset_name": values["dataset_name"] or ["d"], "model_name": values["model_name"] or "m"}
+        values["output_dir"] = values["output_dir"] or "o"
     try:
         return resolve_config(None if own or path is None else str(ROOT / path), values, faults)
     except ConfigError as error:
