@@ -60,42 +60,27 @@ def faults_of(words: Sequence[str]) -> list[str]:
     return [] if program in OTHERS else [f"{program} is no program that the documentation is known to use"]
 
 
-OTHERS = frozenset(
-    {
-        "bash",
-        "cd",
-        "chmod",
-        "curl",
-        "deactivate",
-        "docker",
-        "echo",
-        "export",
-        "gcloud",
-        "gh",
-        "git",
-        "hf",
-        "kubectl",
-        "ls",
-        "mkdir",
-        "mkdocs",
-        "mv",
-        "nvidia-smi",
-        "pip",
-        "pytest",
-        "rm",
-        "sky",
-        "source",
-        "ssh-add",
-        "sudo",
-        "sysctl",
-        "tensorboard",
-        "unset",
-        "uv",
-        "vllm",
-        "wandb",
-        "xpk",
-    }
-)
+OTHERS = {
+    "cd",
+    "docker",
+    "echo",
+    "export",
+    "gcloud",
+    "git",
+    "hf",
+    "kubectl",
+    "ls",
+    "mkdir",
+    "pip",
+    "pytest",
+    "sky",
+    "source",
+    "ssh-add",
+    "tensorboard",
+    "vllm",
+    "wandb",
+    "xpk",
+}
 """Programs of others, whose commands bash alone has to understand."""
 
 
