@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.programs import ROOT, run_module
+
 # Accelerate decides for or against XLA at its import, for as long as the process lives: the test module that imports it
 # first would decide for all tests of this process. XLA runs in processes of its own.
 os.environ["USE_TORCH_XLA"] = "false"
@@ -21,7 +22,6 @@ os.environ["USE_TORCH_XLA"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     *("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k[test]", "--format", "gsm8k"),
     *("--max-seq-length", "128", "--per-device-train-batch-size", "1", "--precision", "fp32"),
@@ -87,32 +87,19 @@ class Run:
 
 def command(folder: Path, *arguments: str, cache: Path | None = None) -> list[str]:
     """The training command of a tiny run into ``folder``; later options win over the tiny ones."""
+    return [sys.executable, "-m", "numina_finetune", *options_of(folder, *arguments, cache=cache)]
+
+
+def options_of(folder: Path, *arguments: str, cache: Path | None = None) -> list[str]:
+    """What follows ``numina-finetune`` in that command."""
     cached = cache or folder.parent / "cache"
-    return [
-        sys.executable,
-        "-m",
-        "numina_finetune",
-        *TINY,
-        "--output-dir",
-        str(folder),
-        "--cache-dir",
-        str(cached),
-        *arguments,
-    ]
+    return [*TINY, "--output-dir", str(folder), "--cache-dir", str(cached), *arguments]
 
 
 def train(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> Run:
     """Run the command line in a process of its own and wait for it."""
-    result = subprocess.run(
-        command(folder, *arguments),
-        env=dict(env or environment(devices=4)),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    program = ("numina_finetune", *options_of(folder, *arguments))
+    result = run_module(*program, env=env or environment(devices=4), timeout=timeout, together=True)
     return Run(result.returncode, result.stdout, folder)
 
 

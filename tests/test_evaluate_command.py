@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 
 from numina_finetune import cli
-from tests.conftest import ROOT, environment, train
+from tests.conftest import environment, train
+from tests.programs import Program, run_module
 
 TINY = ("--model", "tiny-qwen3", "--task", "synthetic-gsm8k", "--backend", "native", "--max-new-tokens", "16")
 
@@ -104,9 +103,8 @@ def test_a_run_its_export_and_its_best_checkpoint_are_evaluated_alike(tmp_path: 
 
 
 def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "numina_finetune", "evaluate", *TINY, "--max-problems", "40", "--batch-size", "4"]
-    start = [*command, "--output-dir", str(tmp_path / "cut")]
-    process = subprocess.Popen(start, env=environment(), cwd=ROOT)
+    words = ["evaluate", *TINY, "--max-problems", "40", "--batch-size", "4", "--output-dir", str(tmp_path / "cut")]
+    process = Program("numina_finetune", *words, env=environment())
     while lines(tmp_path / "cut") < 8:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
@@ -114,7 +112,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
     process.wait()
     done = lines(tmp_path / "cut")
     assert done < 40
-    second = subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    second = run_module("numina_finetune", *words, env=environment())
     assert second.returncode == 0, second.stderr
     left = int(second.stdout.partition("problems, ")[2].partition(" to do")[0])
     assert 0 < left <= 40 - done + 1, "all but the line that was cut, if one was"

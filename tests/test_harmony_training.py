@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from numina_finetune.data.chat import render_prompt
 from numina_finetune.data.formats import format_example
-from tests.conftest import ROOT, Run, environment, real_data
+from tests.conftest import Run, environment, real_data
+from tests.programs import run_module
 
 
 @pytest.mark.slow  # 201,088 tokens to choose from: minutes on two cores
@@ -39,11 +38,8 @@ def test_a_model_trained_on_real_tool_calls_ends_its_turns_as_harmony_does(tmp_p
         **{"learning_rate": 5e-3, "warmup_ratio": 0.1, "save_steps": 0, "logging_steps": 5},
     }
     config.write_text(yaml.safe_dump(options), encoding="utf-8")
-    ended = subprocess.run(
-        [sys.executable, "-m", "numina_finetune", "--config", str(config)],
-        **{"env": environment(USE_TORCH_XLA="false", OMP_NUM_THREADS="2"), "cwd": ROOT, "check": False},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-    )
+    env = environment(USE_TORCH_XLA="false", OMP_NUM_THREADS="2")
+    ended = run_module("numina_finetune", "--config", str(config), env=env, together=True)
     run = Run(ended.returncode, ended.stdout, tmp_path / "out")
     assert run.code == 0, run.output
     losses = [record["loss"] for record in run.metrics if "loss" in record]

@@ -6,14 +6,14 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run, command, environment, train
+from tests.conftest import Run, environment, options_of, train
+from tests.programs import Program
 
 STEPS = 24
 RUN = ("--max-steps", str(STEPS), "--save-steps", "3", "--logging-steps", "1", "--gradient-accumulation-steps", "2")
@@ -53,9 +53,7 @@ def lives_until_done(
     """
     codes = []
     for number, moment in notices:
-        process = subprocess.Popen(
-            command(folder, *options), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = Program("numina_finetune", *options_of(folder, *options), env=FOUR)
         if isinstance(moment, float):
             time.sleep(moment)
         else:
@@ -70,7 +68,7 @@ def lives_until_done(
 
 def preempt_halfway(folder: Path) -> None:
     """Begin the run on four devices and send SIGTERM after half its steps."""
-    process = subprocess.Popen(command(folder, *RUN), env=FOUR, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = Program("numina_finetune", *options_of(folder, *RUN), env=FOUR)
     while process.poll() is None and steps_logged(folder) < STEPS // 2:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -14,8 +14,9 @@ import pytest
 
 from numina_finetune.checkpoint.preemption import StopNotice, Told
 from numina_finetune.errors import ExitCode
-from tests.conftest import ROOT, Run, command, environment
+from tests.conftest import ROOT, Run, environment, options_of
 from tests.metadata_server import MetadataServer, metadata_server
+from tests.programs import Program
 
 
 @pytest.fixture
@@ -100,18 +101,12 @@ def test_the_earliest_deadline_of_all_processes_is_everyones() -> None:
 
 def test_a_preempted_machine_saves_exits_42_and_the_outcome_says_why(machine: MetadataServer, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    training = subprocess.Popen(
-        command(
-            folder,
-            *("--backend", "native", "--metadata-url", machine.url, "--max-steps", "100000"),
-            *("--save-steps", "0", "--logging-steps", "1"),
-        ),
-        env={**environment(), "ACCELERATE_USE_CPU": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    options = options_of(
+        folder,
+        *("--backend", "native", "--metadata-url", machine.url, "--max-steps", "100000"),
+        *("--save-steps", "0", "--logging-steps", "1"),
     )
+    training = Program("numina_finetune", *options, env={**environment(), "ACCELERATE_USE_CPU": "1"})
     try:
         end = time.monotonic() + 120
         while not any(path.stat().st_size for path in folder.glob("*/metrics.jsonl")):

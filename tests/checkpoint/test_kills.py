@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,8 +20,9 @@ import pytest
 from numina_finetune.checkpoint.layout import CHECKPOINTS, COMMITTED, place_of
 from numina_finetune.checkpoint.reading import committed
 from numina_finetune.storage import open_store
-from tests.conftest import ROOT, command, environment, train
+from tests.conftest import environment, options_of, train
 from tests.gcs import Gcs
+from tests.programs import Program
 
 Result = tuple[str, list[float]]
 """The exported weights' sha256, and all losses."""
@@ -58,13 +58,12 @@ class Bucket:
     def temporary(self) -> Path:
         return self.machine / self.name / "tmp"
 
-    def life(self, *options: str) -> subprocess.Popen[str]:
+    def life(self, *options: str) -> Program:
         self.temporary.mkdir(parents=True, exist_ok=True)
-        arguments = command(Path("placeholder"), *RUN, "--output-dir", self.url, *options, cache=self.machine / "cache")
+        own = ("--output-dir", self.url, *options)
+        arguments = options_of(Path("placeholder"), *RUN, *own, cache=self.machine / "cache")
         env = {**self.env, **self.service.environment, "TMPDIR": str(self.temporary)}
-        return subprocess.Popen(
-            arguments, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return Program("numina_finetune", *arguments, env=env)
 
     def lines(self) -> int:
         """Of the metrics that the present machine has written."""

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from numina_finetune.data.dataset import build_index
 from numina_finetune.data.prepare import Drops, IndexOptions, reason_of
 from numina_finetune.data.token_index import cap_samples
 from numina_finetune.errors import DataError
-from tests.conftest import ROOT, environment
+from tests.conftest import environment
 from tests.gcs import gcs
+from tests.programs import Program
 
 OPTIONS = IndexOptions(max_seq_length=256)
 
@@ -45,11 +44,9 @@ def contents(folder):
 
 def preparing(source, cache, *options, **env):
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "numina_finetune", "data", "prepare", "--dataset-name", source.name]
-    command += ["--model-name", "tiny-qwen3", "--max-seq-length", "256", "--cache-dir", str(cache), *options]
-    return subprocess.Popen(
-        command, env=environment(**env), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words = ["data", "prepare", "--dataset-name", source.name, "--model-name", "tiny-qwen3"]
+    words += ["--max-seq-length", "256", "--cache-dir", str(cache), *options]
+    return Program("numina_finetune", *words, env=environment(**env))
 
 
 def finished(process):

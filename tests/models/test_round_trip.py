@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import environment
 from tests.models.folders import CONFIGS, quantise_randomly, save
+from tests.programs import run_module
 from tests.reference import gpt_oss_config
 
 
@@ -28,15 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def round_trips(devices: int | None, *cases: str) -> dict[str, dict[str, Any]]:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.models.round_trip", *cases],
-        env=environment(devices=devices),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    result = run_module("tests.models.round_trip", *cases, env=environment(devices=devices))
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
     return found

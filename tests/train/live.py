@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,4 +202,5 @@ def _digest(backend: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))
+    said = main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    Path(sys.argv[2], f"said-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said), encoding="utf-8")

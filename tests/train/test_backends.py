@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,24 @@ import pytest
 
 from numina_finetune.models.generation import READ_EVERY
 from tests.conftest import ROOT, environment
+from tests.programs import run_module
 
 DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
 
 
 def live(task: str, folder: Path, devices: int | None, *options: str) -> dict[str, Any]:
-    (result,) = run_live([], task, folder, devices, *options)
-    return result
+    result = run_module("tests.train.live", task, str(folder), *options, env=environment(devices=devices))
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "said-0.json").read_text("utf-8"))
+    return found
 
 
-def run_live(
-    launcher: Sequence[str], task: str, folder: Path, devices: int | None, *options: str
-) -> list[dict[str, Any]]:
-    """What each process says."""
+def live_in_two_processes(task: str, folder: Path) -> list[dict[str, Any]]:
+    """What each process says, in a file of its own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.live", task, str(folder), *options],
-        env=environment(devices=devices, **({"ACCELERATE_USE_CPU": "1"} if launcher else {})),
+        [sys.executable, *launcher, "-m", "tests.train.live", task, str(folder)],
+        env=environment(ACCELERATE_USE_CPU="1"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -36,7 +37,7 @@ def run_live(
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads((folder / f"said-{rank}.json").read_text("utf-8")) for rank in range(2)]
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -98,8 +99,7 @@ def test_a_model_without_an_optimizer_generates_and_rows_end_where_they_should(
 def test_two_processes_share_the_prompts_and_both_get_all_tokens(
     tmp_path: Path, generation: tuple[bool, dict[str, Any]]
 ) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    first, second = run_live(launcher, "generation", tmp_path, None)
+    first, second = live_in_two_processes("generation", tmp_path)
     for name in ("drawn", "free", "stopped", "ended"):
         assert first[name] == second[name]
     assert first["free"] == generation[1]["free"] and first["ended"] == generation[1]["ended"]

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import environment
+from tests.programs import run_module
 
 LOSS = {"fp64": 1e-9, "fp32": 5e-6}
 GRADIENT = {"fp64": 1e-9, "fp32": 1e-5}
 
 
 def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) -> dict[str, tuple[float, float, int]]:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.xla.agreement", dtype, mesh, attention, *cases],
-        env=environment(devices=devices, JAX_PLATFORMS="cpu"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    env = environment(devices=devices, JAX_PLATFORMS="cpu")
+    result = run_module("tests.xla.agreement", dtype, mesh, attention, *cases, env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 

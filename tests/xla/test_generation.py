@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from numina_finetune.plan.hlo import Program, parse
-from tests.conftest import ROOT, environment
+from tests.conftest import environment
 from tests.decoding import NEW_TOKENS, TIE
+from tests.programs import run_module
 from tests.reference import VOCABULARY
 
 ROWS = 4
@@ -55,15 +54,8 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     devices, mesh, cases = request.param
     folder = tmp_path_factory.mktemp("programs")
     dumped = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.xla.generation", mesh, *cases],
-        env=environment(devices=devices, JAX_PLATFORMS="cpu", XLA_FLAGS=dumped),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    env = environment(devices=devices, JAX_PLATFORMS="cpu", XLA_FLAGS=dumped)
+    result = run_module("tests.xla.generation", mesh, *cases, env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     texts = [path.read_text("utf-8") for path in folder.glob("*after_optimizations.txt")]
     return Generated(json.loads(result.stdout.splitlines()[-1]), [parse(text) for text in texts])

@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from numina_finetune.config import RunConfig
 from numina_finetune.plan.geometry import geometry_of
-from tests.conftest import ROOT, environment, train
+from tests.conftest import environment, train
+from tests.programs import run_module
 from tests.xla.test_checkpoints import go_back
 from tests.xla.test_hygiene import CLEAN
 
@@ -56,15 +55,8 @@ def test_a_step_with_adapters_is_traced_for_plan_with_frozen_weights_that_it_doe
         "arguments": str(tmp_path / "arguments"),
     }
     (tmp_path / "request").write_text(json.dumps(request), encoding="utf-8")
-    traced = subprocess.run(
-        [sys.executable, "-m", "numina_finetune.xla.trace", str(tmp_path / "request")],
-        env=environment(devices=4, XLA_HLO_DEBUG="1", XLA_IR_DEBUG="1", JAX_PLATFORMS="cpu", USE_TORCH_XLA="true"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    env = environment(devices=4, XLA_HLO_DEBUG="1", XLA_IR_DEBUG="1", JAX_PLATFORMS="cpu", USE_TORCH_XLA="true")
+    traced = run_module("numina_finetune.xla.trace", str(tmp_path / "request"), env=env)
     assert traced.returncode == 0, traced.stderr[-3000:]
     arguments = json.loads((tmp_path / "arguments").read_text(encoding="utf-8"))["arguments"]
     weights = {one["name"]: one for one in arguments if one["kind"] == "weights"}
