@@ -187,6 +187,24 @@ def _contradictions(config: RunConfig) -> list[str]:
     return faults
 
 
+def backend_faults(config: RunConfig, backend: str) -> list[str]:
+    """The options that the backend, ``xla`` or ``native``, has not."""
+    if backend == "xla":
+        faults = ["--torch-compile is for the native backend: leave it out, XLA compiles the whole step"]
+        faults = faults if config.torch_compile else []
+        if config.attention in ("segments", "flash"):
+            faults.append(f"--attention {config.attention} is for the native backend: use auto, splash or torch")
+        return faults
+    faults = []
+    if config.attention == "splash":
+        faults.append("--attention splash is a kernel for TPUs: use auto, segments, flash or torch with this backend")
+    if config.experts not in ("auto", "dense"):
+        faults.append(f"--experts {config.experts} is for XLA: use auto or dense with the native backend")
+    if config.torch_compile and config.remat == "dots":
+        faults.append("--torch-compile with --remat dots: compiled layers keep all or their input: use none or full")
+    return faults
+
+
 def choice_faults(options: object, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
     """The options whose values are not among the allowed ones; None among them means that one may be unset."""
     return [

@@ -21,7 +21,7 @@ from numina_finetune.errors import ConfigError
 
 FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "numina_tir", "messages")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "splash", "torch")
+ATTENTION = ("auto", "splash", "segments", "flash", "torch")
 EXPERTS = ("auto", "dropless", "capacity", "dense")
 LOSS_CHUNKS = ("auto", "sequence", "vocabulary")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
@@ -195,16 +195,21 @@ class RunConfig:
     backend: str = option("auto", "auto, xla (TPU through SPMD) or native (CPU and GPUs).", "Devices", identity=False)
     mesh: str | None = option(
         None,
-        'Devices along each axis, such as "fsdp=4,tensor=2"; one axis may be -1. All on fsdp if unset.',
+        'Devices along each axis, such as "fsdp=4,tensor=2"; one axis may be -1. If unset, all on fsdp, or natively on '
+        "data (there fsdp splits the weights by FSDP2).",
         "Devices",
         identity=False,
+    )
+    torch_compile: bool = option(
+        False, "Native: compile each layer by torch.compile.", "Devices", identity=False
     )
     scan_layers: bool = option(
         True, "XLA: compile one layer, and run it in a loop over all of them.", "Devices", identity=False
     )
     attention: str = option(
         "auto",
-        "auto, splash (JAX's kernel for TPUs) or torch; auto takes splash where it can.",
+        "XLA: splash (JAX's kernel for TPUs) or torch. Native: segments (each packed sample by itself), flash (all in "
+        "one kernel, on GPUs in bf16) or torch (one mask for all). auto takes what is fastest.",
         "Devices",
         identity=False,
     )

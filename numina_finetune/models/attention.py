@@ -25,13 +25,16 @@ def segment_mask(segment_ids: torch.Tensor, window: int | None = None) -> torch.
     Returns:
         ``[batch, 1, seq, seq]`` bool, True = may see. Padding sees padding, so that no softmax row is empty.
     """
-    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same_segment & causal_mask(segment_ids.shape[1], window, segment_ids.device)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool ``[length, length]``: which key each query of one sequence may see; see :func:`segment_mask`."""
+    position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     visible = distance >= 0
-    if window is not None:
-        visible = visible & (distance < window)
-    same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same_segment & visible
+    return visible if window is None else visible & (distance < window)
 
 
 def segment_attention(
@@ -60,18 +63,18 @@ def segment_attention(
         ``[batch, seq, heads, head_dim]`` and no attention weights, as transformers expects.
     """
     groups = query.shape[1] // key.shape[1]
-    query, key, value = query.to(value.dtype), _repeat_heads(key.to(value.dtype), groups), _repeat_heads(value, groups)
+    query, key, value = query.to(value.dtype), repeat_heads(key.to(value.dtype), groups), repeat_heads(value, groups)
     mask = segment_mask(segment_ids, sliding_window)
     if s_aux is None:
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
     else:
-        output = _attention_with_sinks(query, key, value, mask, s_aux, dropout, scaling)
+        output = attention_with_sinks(query, key, value, mask, s_aux, dropout, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attention_with_sinks(
+def attention_with_sinks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -80,7 +83,10 @@ def _attention_with_sinks(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """``[batch, heads, seq, head_dim]``; the probabilities are made in fp32 or more."""
+    """:func:`segment_attention` with sinks and as many key heads as query heads, ``[batch, heads, seq, head_dim]``.
+
+    The probabilities are made in fp32 or more.
+    """
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
@@ -89,7 +95,7 @@ def _attention_with_sinks(
     return nn.functional.dropout(probabilities, dropout) @ value
 
 
-def _repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
+def repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
     """``[batch, kv_heads, seq, head_dim]`` to ``[batch, kv_heads·groups, seq, head_dim]``."""
     if groups == 1:
         return states

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -140,6 +141,11 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def next_logits(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
+    """A :class:`Forward`, within :func:`at_rest`."""
+    return logits_of(model, last_hidden(model, ids, positions, cache))
+
+
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """``model`` takes no gradients, drops nothing, and attends to a cache within; afterwards it trains as before."""
@@ -153,17 +159,18 @@ def at_rest(model: PreTrainedModel) -> Iterator[None]:
 
 
 class PlainDecoder:
-    """Decodes with a model that lies whole on one device; implements `numina_finetune.train.decoding.Decoder`.
+    """Decodes with a model that computes on one device; implements `numina_finetune.train.decoding.Decoder`.
 
     Nothing is compiled, so that a batch is as long and as wide as its prompts are.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, forward: Forward | None = None) -> None:
         """
         Args:
             model: within :func:`at_rest` as long as this decodes.
+            forward: through what gathers the model's weights, where they are split; the model itself if None.
         """
-        self._model = model
+        self._model, self._forward = model, forward or partial(next_logits, model)
         self._rows: Rows
 
     def shape(self, rows: int, longest: int) -> tuple[int, int]:
@@ -175,9 +182,6 @@ class PlainDecoder:
 
     def advance(self) -> None:
         advance(self._forward, _write, self._rows)
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
-        return logits_of(self._model, last_hidden(self._model, ids, positions, cache))
 
     def recent(self) -> torch.Tensor:
         return self._rows.recent.cpu()

@@ -1,4 +1,4 @@
-"""The native backend: one process a device, data-parallel through Accelerate, on CPUs and GPUs."""
+"""The native backend: one process a device, on CPUs and GPUs, through Accelerate: DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
 from numina_finetune.errors import ConfigError
-from numina_finetune.mesh import MeshShape, parse_mesh
 from numina_finetune.models.generation import PlainDecoder, at_rest
-from numina_finetune.models.precision import apply_precision, canonical_name
+from numina_finetune.models.precision import COMPUTE_DTYPES, apply_precision, canonical_name
 from numina_finetune.models.stream import Weights, fill
 from numina_finetune.processes import ProcessGroup
+from numina_finetune.torch_native.attention import attention_for, use_attention
+from numina_finetune.torch_native.batches import on_device
+from numina_finetune.torch_native.compilation import compile_layers
+from numina_finetune.torch_native.memory import explained, fits_twice
+from numina_finetune.torch_native.mesh import native_mesh
+from numina_finetune.torch_native.recomputation import recompute
+from numina_finetune.torch_native.sharding import Sharded, whole_bytes
 from numina_finetune.train.backend import (
     Decoding,
     DeviceBatch,
@@ -44,72 +49,86 @@ class NativeBackend:
     """Implements :class:`numina_finetune.train.backend.Backend`; the numerical reference for the others.
 
     Raises:
-        ConfigError: the mesh has other axes than data, or does not multiply to the number of processes.
+        ConfigError: the mesh has other axes than data and fsdp, or does not multiply to the number of processes.
     """
 
     name = "native"
 
     def __init__(self, config: RunConfig) -> None:
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=not torch.cuda.is_available(),
-            project_dir=str(config.run_dir),
-            rng_types=[],
-        )
-        state = self.accelerator.state
+        on_cpu = not torch.cuda.is_available()
+        state = PartialState(cpu=on_cpu)
         if state.distributed_type == DistributedType.XLA:
             raise ConfigError(
                 "--backend native, but Accelerate has already chosen XLA: set USE_TORCH_XLA=false in the environment"
             )
-        if config.attention == "splash":
-            raise ConfigError("--attention splash is a kernel for TPUs: use auto or torch with the native backend")
-        if config.experts not in ("auto", "dense"):
-            raise ConfigError(f"--experts {config.experts} is for XLA: use auto or dense with the native backend")
+        self.mesh_shape = native_mesh(config.mesh, state.num_processes)
+        self._splits = self.mesh_shape.fsdp > 1
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=on_cpu,
+            project_dir=str(config.run_dir),
+            rng_types=[],
+        )
         self.process_index, self.process_count = state.process_index, state.num_processes
-        self.mesh_shape = _data_mesh(config.mesh, self.process_count)
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1
         self.processes = ProcessGroup()
         self._copies = HostCopies()
         self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
         self.device = self.accelerator.device
         self.chips = Chips(self.process_count, None)
-        self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)"
+        self.device_description = (
+            f"native torch on {self.device.type}, {self.process_count} process(es)"
+            + (f", FSDP2 on the mesh {self.mesh_shape}" if self._splits else "")
+        )
 
     def place(
         self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
     ) -> None:
-        fill(model, weights)
-        if config.remat != "none":
-            kept = {"context_fn": _keep_products} if config.remat == "dots" else {}
-            model.activation_checkpointing_enable({"use_reentrant": False, **kept})
-        apply_precision(model, config.precision)
-        model.to(self.device)
-        self._parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-        self._model = model
+        attention = attention_for(config.attention, model.config, self.device, COMPUTE_DTYPES[config.precision])
+        use_attention(model.config, attention)
+        self._fixed_shape = config.torch_compile or attention == "torch"
+        if not config.torch_compile:
+            recompute(model, config.remat)
+        self._model, self._precision = model, config.precision
         self._module: nn.Module = CausalLoss(model).train()
-        if not trained:
-            return
-        self._optimizer = _make_adamw(self._parameters, config)
-        self._module = self.accelerator.prepare(self._module)
+        self._sharded: Sharded | None = None
+        with explained(self.device):
+            if self._splits:
+                self._sharded = Sharded(self.accelerator, self._module, self.mesh_shape, config.precision)
+                self._sharded.fill(model, weights, self.device)
+            else:
+                fill(model, weights)
+                apply_precision(model, config.precision)
+                model.to(self.device)
+            if config.torch_compile:
+                compile_layers(model, config.remat)
+            self._parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+            self._decode_step = self._module.next_logits
+            if not trained:
+                return
+            self._optimizer = _make_adamw(self._parameters, config)
+            if self._sharded is None:
+                self._module = self.accelerator.prepare(self._module)
         self._max_grad_norm = config.max_grad_norm
         self._copies.reserve(self._snapshots.pieces(self._state()))
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
-        return {name: torch.from_numpy(array).to(self.device) for name, array in rows._asdict().items()}
+        return on_device(rows, self.device, fixed_shape=self._fixed_shape)
 
     def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        return optimizer_step(
-            partial(self._backward, batches),
-            list(self._parameters.values()),
-            batches,
-            max_grad_norm=self._max_grad_norm,
-            update=self._update,
-            reduce=self._sum_over_processes,
-            gradient_scale=float(self.process_count),
-            foreach=None,
-        )
+        with explained(self.device):
+            return optimizer_step(
+                partial(self._backward, batches),
+                list(self._parameters.values()),
+                batches,
+                max_grad_norm=self._max_grad_norm,
+                update=self._update,
+                reduce=self._sum_over_processes,
+                gradient_scale=1.0 if self._sharded else float(self.process_count),  # DDP gives means
+                foreach=None,
+            )
 
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
         return metrics_from_rows(torch.stack(list(metrics)).cpu())
@@ -117,7 +136,7 @@ class NativeBackend:
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         self._module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._forward_passes(), explained(self.device):
             for batch in batches:
                 totals[0] += self._module(**batch)
                 totals[1] += (batch["labels"] != NO_LOSS).sum()
@@ -128,15 +147,15 @@ class NativeBackend:
     def generate(
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
     ) -> list[list[int]]:
-        rows = -(-decoding.batch_size // self.process_count)
-        with at_rest(self._model):
+        with at_rest(self._model), self._forward_passes(), explained(self.device):
             own = decode(
-                PlainDecoder(self._model),
+                PlainDecoder(self._model, self._decode_step),
                 prompts,
                 decoding,
                 ended,
-                rows=rows,
+                rows=-(-decoding.batch_size // self.process_count),
                 share=(self.process_index, self.process_count),
+                any_busy=self.processes.any if self._sharded else None,
             )
         by_prompt = {number: row for found in self.processes.gather(own) for number, row in found.items()}
         return [by_prompt[number] for number in range(len(prompts))]
@@ -172,10 +191,10 @@ class NativeBackend:
         return named_state(self._parameters, self._optimizer)
 
     def _backward(self, batches: Sequence[DeviceBatch], scale: torch.Tensor) -> torch.Tensor:
-        """The summed loss of this process; gradients are exchanged with those of the last micro-batch."""
+        """The summed loss of this process; replicas exchange gradients with those of the last micro-batch."""
         losses = []
         for number, batch in enumerate(batches, start=1):
-            with self._no_sync() if number < len(batches) else nullcontext():
+            with self._exchange(last=number == len(batches)):
                 loss = self._module(**batch)
                 torch.autograd.backward(loss * scale)
             losses.append(loss.detach())
@@ -192,35 +211,22 @@ class NativeBackend:
             dist.all_reduce(value)
         return value
 
-    def _no_sync(self) -> AbstractContextManager[None]:
+    def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around a backward pass, the last one of an optimizer step or one before it."""
+        if self._sharded is not None:
+            self._sharded.before_backward(last=last)
+            return nullcontext()
+        if last or self.process_count == 1:
+            return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.no_sync(self._module)
-        return context if self.process_count > 1 else nullcontext()
+        return context
 
-
-def _keep_products() -> Any:
-    """For ``--remat dots``: what matrix products and attention gave is kept."""
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
-        [
-            aten.mm.default,
-            aten.bmm.default,
-            aten.addmm.default,
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-        ]
-    )
-
-
-def _data_mesh(text: str | None, processes: int) -> MeshShape:
-    shape = parse_mesh(text, processes, default_axis="data")
-    if shape.data != processes:
-        raise ConfigError(
-            f"--mesh {text!r}: the native backend splits rows only, over its {processes} process(es): "
-            f"use data={processes}, or --backend xla"
-        )
-    return shape
+    def _forward_passes(self) -> AbstractContextManager[None]:
+        """Around forward passes without gradients."""
+        if self._sharded is None:
+            return nullcontext()
+        kept = not self.processes.any(not fits_twice(whole_bytes(self._model, self._precision), self.device))
+        return self._sharded.gathered(kept=kept)
 
 
 def _make_adamw(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.optim.AdamW:

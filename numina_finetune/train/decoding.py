@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,7 @@ def decode(
     *,
     rows: int,
     share: tuple[int, int] = (0, 1),
+    any_busy: Callable[[bool], bool] | None = None,
 ) -> dict[int, list[int]]:
     """New tokens by the prompt's number, see :meth:`numina_finetune.train.backend.Backend.generate`.
 
@@ -56,6 +57,8 @@ def decode(
     Args:
         rows: how many are decoded together at most.
         share: process i of n, which takes every nth batch.
+        any_busy: whether any process has rows that have not ended, from whether this one has. Given where the weights
+            are split over the processes: each forward pass gathers them, so that all make equally many.
 
     Raises:
         ValueError: an empty prompt.
@@ -68,14 +71,17 @@ def decode(
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     found: dict[int, list[int]] = {}
-    for batch in batches[share[0] :: share[1]]:
+    own = batches[share[0] :: share[1]]
+    if any_busy is not None:  # a process that has none left decodes the last one along with its owner
+        own += batches[-1:] * (-(-len(batches) // share[1]) - len(own))
+    for batch in own:
         longest = len(prompts[batch[0]])
         held, width = decoder.shape(len(batch), longest)
         filled = batch + batch[-1:] * (held - len(batch))
         given = _prompts(
             [prompts[number] for number in filled], [repeats[number] for number in filled], width, decoding
         )
-        completions = _decode_batch(decoder, given, len(batch), decoding, ended)
+        completions = _decode_batch(decoder, given, len(batch), decoding, ended, any_busy or bool)
         found |= dict(zip(batch, completions, strict=True))
     return found
 
@@ -110,7 +116,12 @@ def _prompts(prompts: Sequence[Sequence[int]], repeats: Sequence[int], width: in
 
 
 def _decode_batch(
-    decoder: Decoder, prompts: Prompts, real: int, decoding: Decoding, ended: Ended | None
+    decoder: Decoder,
+    prompts: Prompts,
+    real: int,
+    decoding: Decoding,
+    ended: Ended | None,
+    any_busy: Callable[[bool], bool],
 ) -> list[list[int]]:
     """New tokens of the first ``real`` rows; the others only fill the batch up."""
     completions: list[list[int]] = [[] for _ in range(real)]
@@ -127,7 +138,7 @@ def _decode_batch(
                 completions[row] += _until_stop(tokens, decoding.stop_ids)
                 stopped = completions[row][-1] in decoding.stop_ids
                 over[row] = stopped or (ended is not None and ended(completions[row]))
-        if all(over):
+        if not any_busy(not all(over)):
             break
         if ended is not None:
             decoder.end(torch.tensor(over))

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from numina_finetune.data.loader import NO_LOSS
+from numina_finetune.models.cache import CachePass
+from numina_finetune.models.generation import next_logits
 
 CHUNK_ELEMENTS = 2**26
 """Logits that a device holds at once: 256 MiB in fp32."""
@@ -39,12 +41,28 @@ class CausalLoss(nn.Module):
         labels: torch.Tensor,
         segment_ids: torch.Tensor,
         position_ids: torch.Tensor,
+        supervised: torch.Tensor | None = None,
+        **attended: Any,
     ) -> torch.Tensor:
-        """The loss summed over supervised positions, fp32 scalar; every argument is ``[batch, seq]`` int32."""
+        """The loss summed over supervised positions, fp32 scalar.
+
+        Args:
+            input_ids, labels, segment_ids, position_ids: ``[batch, seq]`` int32.
+            supervised: ``[count]`` int64, the positions of ``batch x seq`` that have a loss, where the host knows them:
+                no logits are made of the others.
+            attended: what the model's attention asks for besides.
+        """
         hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False
+            input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids, use_cache=False, **attended
         ).last_hidden_state
+        if supervised is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, supervised).unsqueeze(0)
+            labels = labels.flatten().index_select(0, supervised).unsqueeze(0)
         return self._cross_entropy(hidden, self.model.get_output_embeddings(), labels)
+
+    def next_logits(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
+        """See `numina_finetune.models.generation.Forward`: the way to decode where this module's wrapper gathers weights."""
+        return next_logits(self.model, ids, positions, cache)
 
 
 def _of_head(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:

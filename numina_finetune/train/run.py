@@ -19,7 +19,7 @@ from numina_finetune.checkpoint.preemption import StopNotice
 from numina_finetune.checkpoint.progress import Progress
 from numina_finetune.checkpoint.reading import Checkpoint, checkpoint_at, committed
 from numina_finetune.checkpoint.state import StateDoor
-from numina_finetune.checks import config_faults
+from numina_finetune.checks import backend_faults, config_faults
 from numina_finetune.config import RunConfig
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.sources import preflight
@@ -72,7 +72,8 @@ def check(config: RunConfig, backend: str) -> None:
     Raises:
         ConfigError: all of it at once.
     """
-    faults = [*config_faults(config), *launch.faults(backend), *missing_trackers(config)]
+    faults = [*config_faults(config), *backend_faults(config, backend), *launch.faults(backend)]
+    faults += missing_trackers(config)
     faults += PushOptions.of(config).faults(config.resolved_run_id)
     faults += preflight(config.datasets, config)
     devices = launch.device_count(backend)

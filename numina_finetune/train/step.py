@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from numina_finetune.data.loader import NO_LOSS
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
@@ -46,6 +47,8 @@ def optimizer_step(
 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+    if isinstance(norm, DTensor):  # gradients that are split over processes: each knows the norm of its part
+        norm = norm.full_tensor()
     applied = torch.isfinite(norm) & torch.isfinite(loss)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)

@@ -56,7 +56,7 @@ def export(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         model.eval()
         device = {key: value for key, value in backend.put_batch(batch).items() if key != "labels"}
-        live = model(**device).logits.float().cpu()
+        live = model(**device).logits.float().cpu().view(*batch.input_ids.shape, -1)
         opened = AutoModelForCausalLM.from_pretrained(folder / "model")
         ids = torch.from_numpy(batch.input_ids).long()
         exported = opened(input_ids=ids).logits.float()
@@ -197,6 +197,7 @@ def _digest(backend: Any) -> str:
     for part in backend._state().values():
         for value in part.values():
             for tensor in value.values() if isinstance(value, dict) else [value]:
+                tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # split by FSDP2
                 digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
