@@ -38,12 +38,12 @@ class Sharded:
         widen_routers(module)
         dtype = COMPUTE_DTYPES[precision]
         layers = module.model.base_model.layers
-        mesh = _tell(accelerator, shape, type(layers[0]).__name__, _policy(dtype))
-        for name, child in module.named_modules():
-            own = {compute_dtype(f"{name}.{leaf}", dtype) for leaf, _ in child.named_parameters(recurse=False)}
-            if own and own != {dtype}:
-                fully_shard(child, mesh=mesh, mp_policy=_policy(own.pop()))
-        self.module: nn.Module = fsdp2_prepare_model(accelerator, module)
+        with _told(accelerator, shape, type(layers[0]).__name__, _policy(dtype)) as mesh:
+            for name, child in module.named_modules():
+                own = {compute_dtype(f"{name}.{leaf}", dtype) for leaf, _ in child.named_parameters(recurse=False)}
+                if own and own != {dtype}:
+                    fully_shard(child, mesh=mesh, mp_policy=_policy(own.pop()))
+            self.module: nn.Module = fsdp2_prepare_model(accelerator, module)
         register_fsdp_forward_method(self.module, DECODE)
         self._units = [unit for unit in self.module.modules() if isinstance(unit, FSDPModule)]
         self._layers = [layer for layer in layers if isinstance(layer, FSDPModule)]
@@ -109,8 +109,11 @@ def whole_bytes(model: PreTrainedModel, precision: str) -> int:
     return sum(math.prod(p.shape) for p in model.parameters()) * COMPUTE_DTYPES[precision].itemsize
 
 
-def _tell(accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedPrecisionPolicy) -> DeviceMesh:
-    """Tell Accelerate how to wrap a model whose layers have the class ``layer``; the mesh that it wraps on.
+@contextmanager
+def _told(
+    accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedPrecisionPolicy
+) -> Iterator[DeviceMesh]:
+    """Accelerate knows within how to wrap a model whose layers have the class ``layer``; gives the mesh that it uses.
 
     Its constructor takes these only where there are GPUs, and before any model is known.
     """
@@ -123,10 +126,17 @@ def _tell(accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedP
     )
     plugin.mixed_precision_policy = policy
     axes = ParallelismConfig(dp_replicate_size=shape.data, dp_shard_size=shape.fsdp)
+    mesh = axes.get_device_mesh(accelerator.device.type)
     state = accelerator.state
-    state.fsdp_plugin, state.parallelism_config = plugin, axes
-    state.device_mesh = axes.get_device_mesh(accelerator.device.type)
-    return state.device_mesh[tuple(axes.fsdp_dim_names)]
+    told = {"fsdp_plugin": plugin, "parallelism_config": axes, "device_mesh": mesh}
+    before = {name: getattr(state, name, None) for name in told}
+    try:
+        for name, value in told.items():
+            setattr(state, name, value)
+        yield mesh[tuple(axes.fsdp_dim_names)]
+    finally:
+        for name, value in before.items():
+            setattr(state, name, value)
 
 
 def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
