@@ -200,9 +200,7 @@ class RunConfig:
         "Devices",
         identity=False,
     )
-    torch_compile: bool = option(
-        False, "Native: compile each layer by torch.compile.", "Devices", identity=False
-    )
+    torch_compile: bool = option(False, "Native: compile each layer by torch.compile.", "Devices", identity=False)
     scan_layers: bool = option(
         True, "XLA: compile one layer, and run it in a loop over all of them.", "Devices", identity=False
     )

@@ -63,9 +63,10 @@ def segments_attention(
         ``[batch, seq, heads, head_dim]`` and no attention weights.
     """
     batch, heads, length, size = query.shape
-    rows = (_end_to_end(states.to(value.dtype)).split(segments.lengths, dim=2) for states in (query, key, value))
+    lengths = list(segments.lengths)
+    rows = [torch.split(_end_to_end(states.to(value.dtype)), lengths, dim=2) for states in (query, key, value)]
     attended = [
-        _attend(*states, sliding_window, s_aux, dropout, scaling).transpose(1, 2) for states in zip(*rows, strict=True)
+        _attend(q, k, v, sliding_window, s_aux, dropout, scaling).transpose(1, 2) for q, k, v in zip(*rows, strict=True)
     ]
     return torch.cat(attended, dim=1).view(batch, length, heads, size), None
 
@@ -86,14 +87,13 @@ def _attend(
 ) -> torch.Tensor:
     """One segment, ``[1, heads, tokens, head_dim]``."""
     tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
-    mask = None
-    if sinks is not None or (window is not None and tokens > window):
-        mask = causal_mask(tokens, window, query.device)
     if sinks is not None:
+        mask = causal_mask(tokens, window, query.device)
         key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         return attention_with_sinks(query, key, value, mask, sinks, dropout, scaling)
+    cut = causal_mask(tokens, window, query.device) if window is not None and tokens > window else None
     return nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+        query, key, value, cut, dropout, is_causal=cut is None, scale=scaling, enable_gqa=groups > 1
     )
 
 
@@ -132,8 +132,8 @@ def flash_attention(
 
 def keep_out_of_graphs() -> None:
     """Let ``torch.compile`` go around attention: where segments begin is another matter in each step."""
-    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segments_attention))
-    AttentionInterface.register(FLASH, torch.compiler.disable(flash_attention))
+    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segments_attention))  # type: ignore[no-untyped-call]
+    AttentionInterface.register(FLASH, torch.compiler.disable(flash_attention))  # type: ignore[no-untyped-call]
 
 
 AttentionInterface.register(SEGMENTS, segments_attention)

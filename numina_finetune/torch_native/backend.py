@@ -76,9 +76,8 @@ class NativeBackend:
         self._snapshots = Snapshots(self.processes, lambda: CopyingPlanner(self._copies), threads=COPIES)
         self.device = self.accelerator.device
         self.chips = Chips(self.process_count, None)
-        self.device_description = (
-            f"native torch on {self.device.type}, {self.process_count} process(es)"
-            + (f", FSDP2 on the mesh {self.mesh_shape}" if self._splits else "")
+        self.device_description = f"native torch on {self.device.type}, {self.process_count} process(es)" + (
+            f", FSDP2 on the mesh {self.mesh_shape}" if self._splits else ""
         )
 
     def place(

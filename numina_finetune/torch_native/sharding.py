@@ -7,7 +7,6 @@ parameters have values already, and ``save_state`` would then write whole models
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,7 +60,11 @@ class Sharded:
             weights: None leaves the values open.
         """
         empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        self.module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+        self.module._apply(place)  # type: ignore[no-untyped-call]
         if weights is None:
             return
         parts = {name: _local(model.get_parameter(name)) for name in empty}
@@ -106,13 +109,11 @@ class Sharded:
 
 def whole_bytes(model: PreTrainedModel, precision: str) -> int:
     """Bytes of all weights in the type that they are computed with."""
-    return sum(math.prod(p.shape) for p in model.parameters()) * COMPUTE_DTYPES[precision].itemsize
+    return COMPUTE_DTYPES[precision].itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
-def _told(
-    accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedPrecisionPolicy
-) -> Iterator[DeviceMesh]:
+def _told(accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedPrecisionPolicy) -> Iterator[DeviceMesh]:
     """Accelerate knows within how to wrap a model whose layers have the class ``layer``; gives the mesh that it uses.
 
     Its constructor takes these only where there are GPUs, and before any model is known.
@@ -147,7 +148,5 @@ def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
 def _local(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]:
     """This process's part of a split parameter, and where in the parameter it begins."""
     assert isinstance(parameter, DTensor)
-    _, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(offsets)

@@ -61,7 +61,7 @@ class CausalLoss(nn.Module):
         return self._cross_entropy(hidden, self.model.get_output_embeddings(), labels)
 
     def next_logits(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
-        """See `numina_finetune.models.generation.Forward`: the way to decode where this module's wrapper gathers weights."""
+        """A `numina_finetune.models.generation.Forward` that a wrapper of this module can hook, as it does `forward`."""
         return next_logits(self.model, ids, positions, cache)
 
 

@@ -72,7 +72,7 @@ def steps(mesh: str | None, case: str, folder: Path) -> dict[str, Any]:
     """Train, save in the middle, and go on from there once more in a model without values.
 
     Returns:
-        losses, gradient norms, tokens, and the evaluation after the last step; digests of the state at the end and of
+        losses, gradient norms, tokens, and the evaluation and new tokens after the last step; digests of the state at the end and of
         the one that the resumed steps end in; how many values this process holds. The folder keeps the final weights.
     """
     import dataclasses
@@ -80,6 +80,7 @@ def steps(mesh: str | None, case: str, folder: Path) -> dict[str, Any]:
     from numina_finetune.models.load import open_model
     from numina_finetune.models.tokenizer import load_tokenizer
     from numina_finetune.torch_native.backend import NativeBackend
+    from numina_finetune.train.backend import Decoding
 
     config = dataclasses.replace(options(case, folder), mesh=mesh)
     backend, tokenizer = NativeBackend(config), load_tokenizer(config)
@@ -91,9 +92,13 @@ def steps(mesh: str | None, case: str, folder: Path) -> dict[str, Any]:
             saved = stored(backend, folder / case / "half")
         metrics.append(backend.step(micro_batches(backend, step), 3e-3))
     evaluated = backend.evaluate(micro_batches(backend, count))
+    prompts = [[7, 8, 9], [5], list(range(20, 60))]
+    generated = backend.generate(prompts, Decoding(40, frozenset({17}), 0, 2), lambda tokens: tokens[-1] % 3 == 0)
     end = stored(backend, folder / case / "end")
     if backend.process_index == 0:
-        save_file({name: end.read(name) for name in end.tensors if name.startswith("model.")}, weights_file(case, folder))
+        save_file(
+            {name: end.read(name) for name in end.tensors if name.startswith("model.")}, weights_file(case, folder)
+        )
     digests.append(digest(backend))
     backend.place(*_ordered(open_model(config, tokenizer, weights=False), config))
     backend.restore(saved)
@@ -106,6 +111,7 @@ def steps(mesh: str | None, case: str, folder: Path) -> dict[str, Any]:
         "norms": [metric.grad_norm for metric in read],
         "tokens": [[metric.supervised, metric.tokens] for metric in read],
         "evaluated": evaluated,
+        "generated": generated,
         "digests": digests,
         "held": sum(t.numel() for t in _local(backend)),
     }
