@@ -61,7 +61,7 @@ class CausalLoss(nn.Module):
         return self._cross_entropy(hidden, self.model.get_output_embeddings(), labels)
 
     def next_logits(self, ids: torch.Tensor, positions: torch.Tensor, cache: CachePass) -> torch.Tensor:
-        """A `numina_finetune.models.generation.Forward` that a wrapper of this module can hook, as it does `forward`."""
+        """A `numina_finetune.models.generation.Forward` that this module's wrappers can hook as they do `forward`."""
         return next_logits(self.model, ids, positions, cache)
 
 

@@ -72,8 +72,9 @@ def steps(mesh: str | None, case: str, folder: Path) -> dict[str, Any]:
     """Train, save in the middle, and go on from there once more in a model without values.
 
     Returns:
-        losses, gradient norms, tokens, and the evaluation and new tokens after the last step; digests of the state at the end and of
-        the one that the resumed steps end in; how many values this process holds. The folder keeps the final weights.
+        Losses, gradient norms, tokens; the evaluation and new tokens after the last step; digests of the state at the
+        end and of the one that the resumed steps end in; how many values this process holds. The folder keeps the final
+        weights.
     """
     import dataclasses
 

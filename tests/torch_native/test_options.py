@@ -68,9 +68,9 @@ def test_what_is_computed_again_cannot_be_chosen_inside_a_compiled_layer() -> No
 
 
 def test_a_device_without_room_is_one_message_with_its_fixes() -> None:
-    with pytest.raises(ConfigError, match=r"memory of cuda:0 .*--per-device-train-batch-size.*--mesh fsdp=N"):
-        with explained(torch.device("cuda:0")):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+    refusal = pytest.raises(ConfigError, match=r"memory of cuda:0 .*--per-device-train-batch-size.*--mesh fsdp=N")
+    with refusal, explained(torch.device("cuda:0")):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -56,7 +56,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
     """One process, and its folder."""
     folder = tmp_path_factory.mktemp("one")
     live.store_model(folder)
-    return folder, {case: live.steps(None, case, folder) for case in live.CASES}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes of a mesh have
+    found = {case: live.steps(None, case, folder) for case in live.CASES}
+    torch.set_num_threads(threads)
+    return folder, found
 
 
 @pytest.fixture(
