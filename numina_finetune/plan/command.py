@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from numina_finetune.checks import config_faults
+from numina_finetune.checks import backend_faults, config_faults
 from numina_finetune.config import RunConfig
 from numina_finetune.data.sources import preflight, resolve_source, source_kind
 from numina_finetune.errors import ConfigError, ExitCode, UserError
@@ -92,6 +92,7 @@ def _checked(
     # A plan needs no data and no place for its output.
     complete = replace(config, output_dir=config.output_dir or ".")
     faults += [fault for fault in config_faults(complete) if not fault.startswith("--dataset-name is missing")]
+    faults += backend_faults(complete, "xla")
     if config.datasets:
         faults += preflight(config.datasets, config)
     tpu = _collect(faults, lambda: parse_tpu(request.tpu)) if request.tpu else None

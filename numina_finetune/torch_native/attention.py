@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from numina_finetune.errors import ConfigError
 from numina_finetune.models.attention import SEGMENT_ATTENTION, attention_with_sinks, causal_mask, repeat_heads
 from numina_finetune.torch_native.batches import Segments
 
@@ -16,21 +17,34 @@ _IMPLEMENTATIONS = {"segments": SEGMENTS, "flash": FLASH, "torch": SEGMENT_ATTEN
 
 
 def attention_for(wish: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """``segments``, ``flash`` or ``torch``: what ``--attention`` asks for, auto resolved."""
-    if wish != "auto":
-        return wish
-    return "segments" if flash_faults(config, device, dtype) else "flash"
+    """``segments``, ``flash`` or ``torch``: what ``--attention`` asks for, auto resolved.
+
+    Args:
+        dtype: that the model computes in.
+
+    Raises:
+        ConfigError: flash is asked for where it cannot be.
+    """
+    faults = _flash_faults(config, device, dtype)
+    if wish == "flash" and faults:
+        raise ConfigError(f"--attention flash {'; '.join(faults)}: use auto or segments")
+    if wish == "auto":
+        return "segments" if faults else "flash"
+    return wish
 
 
-def flash_faults(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+def _flash_faults(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why torch's flash attention over segments cannot be used."""
     faults = []
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        faults.append("it needs a GPU of compute capability 8.0 (Ampere) or newer")
+        faults.append("needs a GPU of compute capability 8.0 (Ampere) or newer")
     if dtype != torch.bfloat16:
-        faults.append("it computes in bf16: use --precision bf16")
+        faults.append("computes in bf16 only (--precision bf16)")
     if config.model_type == "gpt_oss":
-        faults.append("it has no attention sinks, which gpt-oss needs")
+        faults.append("has no attention sinks, which gpt-oss needs")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size % 8 or size > 256:
+        faults.append(f"takes heads of 8, 16, … 256 values, not {size}")
     return faults
 
 
@@ -110,7 +124,7 @@ def flash_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What :func:`segments_attention` gives, in one kernel for all segments; see :func:`flash_faults`."""
+    """What :func:`segments_attention` gives, in one kernel for all segments; see :func:`_flash_faults`."""
     batch, heads, length, size = query.shape
     tokens = (_end_to_end(states.to(value.dtype))[0].transpose(0, 1) for states in (query, key, value))
     longest = max(segments.lengths)

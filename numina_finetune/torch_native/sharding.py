@@ -41,7 +41,8 @@ class Sharded:
             for name, child in module.named_modules():
                 own = {compute_dtype(f"{name}.{leaf}", dtype) for leaf, _ in child.named_parameters(recurse=False)}
                 if own and own != {dtype}:
-                    fully_shard(child, mesh=mesh, mp_policy=_policy(own.pop()))
+                    (presented,) = own
+                    fully_shard(child, mesh=mesh, mp_policy=_policy(presented))
             self.module: nn.Module = fsdp2_prepare_model(accelerator, module)
         register_fsdp_forward_method(self.module, DECODE)
         self._units = [unit for unit in self.module.modules() if isinstance(unit, FSDPModule)]

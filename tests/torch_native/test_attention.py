@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from numina_finetune.data.loader import Batch
+from numina_finetune.errors import ConfigError
 from numina_finetune.models.experts import STATIC_EXPERTS
-from numina_finetune.torch_native.attention import use_attention
-from numina_finetune.torch_native.batches import on_device
+from numina_finetune.torch_native.attention import attention_for, flash_attention, use_attention
+from numina_finetune.torch_native.batches import Segments, on_device
 from numina_finetune.train.loss import CausalLoss
 from tests.reference import fill_randomly, gpt_oss_config, packed_rows, qwen3_config, reference
 
@@ -57,3 +58,22 @@ def test_a_micro_batch_of_padding_alone_has_no_loss() -> None:
     torch.autograd.backward(loss)
     assert loss.item() == 0.0
     assert all(float(p.grad.abs().max()) == 0.0 for p in model.parameters() if p.grad is not None)
+
+
+def test_the_flash_kernel_takes_what_it_is_given_and_gives_gradients() -> None:
+    """Shapes and types only, by torch's description of the kernel: there is no GPU to run it."""
+    states = [
+        torch.empty(2, heads, 64, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4)
+    ]
+    segments = Segments((64, 30, 34), torch.empty(4, device="meta", dtype=torch.int32))
+    attended, _ = flash_attention(torch.nn.Module(), *states, None, segments=segments, sliding_window=9)
+    assert attended.shape == (2, 64, 8, 64)
+    torch.autograd.backward(attended.sum())
+    assert all(state.grad is not None and state.grad.shape == state.shape for state in states)
+
+
+def test_flash_attention_is_refused_where_it_cannot_be() -> None:
+    config = gpt_oss_config(4)
+    assert attention_for("auto", config, CPU, torch.bfloat16) == "segments"
+    with pytest.raises(ConfigError, match=r"--attention flash needs a GPU .*bf16 only.*no attention sinks"):
+        attention_for("flash", config, CPU, torch.float32)
