@@ -110,7 +110,8 @@ class Sharded:
 
 def whole_bytes(model: PreTrainedModel, precision: str) -> int:
     """Bytes of all weights in the type that they are computed with."""
-    return COMPUTE_DTYPES[precision].itemsize * sum(parameter.numel() for parameter in model.parameters())
+    values: int = sum(parameter.numel() for parameter in model.parameters())
+    return COMPUTE_DTYPES[precision].itemsize * values
 
 
 @contextmanager
