@@ -24,7 +24,11 @@ def compile_layers(model: PreTrainedModel, remat: str) -> None:
         remat: ``none`` or ``full``; what is computed again is compiled as well.
     """
     keep_out_of_graphs()
-    for layer in model.base_model.layers:
+    layers = model.base_model.layers
+    # Layers share what is compiled, but for those whose weights are presented in bf16: each has classes of its own.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * len(layers))
+    for layer in layers:
         layer.forward = _compiled(layer, recomputed=remat == "full")
 
 
