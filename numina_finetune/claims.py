@@ -1,11 +1,13 @@
 """One process of several does a piece of work whose result all of them take from a store; the others wait for it.
 
 A claim is an object that its holder rewrites from time to time: one that stands still is taken over. It only spares
-work, so the work itself must bear being done twice.
+work, so the work itself must bear being done twice. On one machine, a locked folder is surer: the kernel knows when its
+holder has ended.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import socket
 import threading
@@ -13,11 +15,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from numina_finetune.errors import ConfigError
 from numina_finetune.storage import PreconditionFailed, StorageError, Store
 
 logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE = 60.0
+"""Seconds that what a killed process has started may take to save and end."""
+_LOCK_POLL_SECONDS = 0.2
 
 
 class Claim:
@@ -91,3 +98,37 @@ class Claim:
                     return
             except (StorageError, ConfigError) as error:
                 logger.warning("the claim could not be renewed: %s", error)
+
+
+@contextmanager
+def lock_folder(folder: Path, name: str, others: str) -> Iterator[int]:
+    """Keeps others out of the folder, until this process has ended and all that hold the lock's descriptor too.
+
+    Args:
+        name: of the file in the folder that is locked.
+        others: who they are, as in "another sweep", for messages.
+
+    Raises:
+        ConfigError: another one stays in there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("w")
+    except OSError as error:
+        raise ConfigError(f"--output-dir {folder} cannot be used ({error.strerror}): give another folder") from error
+    with file:
+        patience, told = time.monotonic() + LOCK_PATIENCE, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > patience:
+                    raise ConfigError(
+                        f"--output-dir {folder}: {others} is at work there: wait for it, or give another folder"
+                    ) from error
+            if not told:
+                logger.info("waiting: %s is at work in %s", others, folder)
+                told = True
+            time.sleep(_LOCK_POLL_SECONDS)
+        yield file.fileno()

@@ -421,7 +421,7 @@ class RunConfig:
             ConfigError: unknown names, or values of the wrong type, all at once.
         """
         faults: list[str] = []
-        values = _typed(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
+        values = typed_values(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
         sources = []
         entries = mapping.get("datasets") or []
         if not isinstance(entries, list | tuple):
@@ -433,7 +433,7 @@ class RunConfig:
             if not isinstance(entry, Mapping) or "name" not in entry:
                 faults.append(f"{place}: needs a mapping with at least `name`")
                 continue
-            sources.append(_typed(SourceConfig, entry, place, faults))
+            sources.append(typed_values(SourceConfig, entry, place, faults))
         if faults:
             raise ConfigError(faults)
         return RunConfig(**values, datasets=tuple(SourceConfig(**source) for source in sources))
@@ -470,7 +470,7 @@ def field_name(cls: type, name: str) -> str:
     return aliases.get(name, name)
 
 
-def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
+def typed_values(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Values of ``mapping`` converted to the types of ``cls``'s fields; what does not fit goes into ``faults``."""
     known = {f.name: f for f in fields(cls) if f.name != "datasets"}
     values: dict[str, Any] = {}

@@ -12,7 +12,11 @@ import signal
 from pathlib import Path
 
 from numina_finetune.config import RunConfig
+from numina_finetune.metadata import NoAnswer, Service
 from numina_finetune.process_tree import die_with_parent
+
+_WORKER_NUMBER = "instance/attributes/agent-worker-number"
+"""Metadata key of a TPU host's number in its slice."""
 
 
 def launcher() -> str | None:
@@ -32,6 +36,38 @@ def stop_with_launcher() -> None:
     """
     if launcher() is not None:
         die_with_parent(signal.SIGTERM, os.getppid())
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of all processes that were started together, as told without a device library.
+
+    A launcher numbers its processes; the hosts of a TPU slice are numbered by their environment or their machines.
+    """
+    if rank := os.environ.get("RANK"):
+        return rank == "0"
+    if os.environ.get("MEGASCALE_SLICE_ID", "0") != "0":
+        return False
+    number = os.environ.get("CLOUD_TPU_TASK_ID") or os.environ.get("TPU_WORKER_ID")
+    if number is None and tpu_attached():
+        try:
+            number = Service(RunConfig.metadata_url).get(_WORKER_NUMBER).text
+        except NoAnswer:  # a host that is alone
+            number = None
+    return number in (None, "0")
+
+
+def environment_of_command(number: int) -> dict[str, str]:
+    """Variables of a command that all processes of this launch start, the ``number``-th (from 1) to meet the others.
+
+    A launcher keeps one store for all its processes' life, at ``MASTER_PORT``, and a command would find there what an
+    earlier one wrote: each gets a port, and a store on it, of its own.
+    """
+    variables = dict(os.environ)
+    if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        lowest, ports = 1024, (1 << 16) - 1024
+        port = (int(variables["MASTER_PORT"]) - lowest + number) % ports + lowest
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    return variables
 
 
 def choose_backend(config: RunConfig) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from numina_finetune import __version__, launch
-from numina_finetune.cli import checkpoints, data, evaluation, machine, models, spot, training
+from numina_finetune.cli import checkpoints, data, evaluation, machine, models, pipelines, spot, training
 from numina_finetune.cli.groups import CONTEXT, DefaultCommandGroup
 from numina_finetune.errors import ExitCode, UserError
 
@@ -26,7 +26,7 @@ app = typer.Typer(
         "Without a command: train, whose options `numina-finetune train --help` lists."
     ),
 )
-for _commands in (training.app, evaluation.app, models.app, machine.app):
+for _commands in (training.app, pipelines.app, evaluation.app, models.app, machine.app):
     app.add_typer(_commands)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -1,28 +1,19 @@
-"""The trials as processes: started in turn or side by side, watched, stopped early, and told of every notice.
-
-Each trial is a process of its own with a session of its own, so that a Ctrl-C reaches the sweep alone, which passes it
-on once. A sweep that is killed leaves no orphan: the kernel sends its trials SIGTERM, on which they save.
-"""
+"""The trials as processes: started in turn or side by side, watched, stopped early, and told of every notice."""
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import logging
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from numina_finetune.errors import ConfigError, ExitCode
-from numina_finetune.process_tree import die_with_parent
+from numina_finetune.claims import lock_folder
+from numina_finetune.errors import ExitCode
+from numina_finetune.process_tree import Children, exit_code_of
 from numina_finetune.sweep.divergence import Criteria, divergence
 from numina_finetune.sweep.standing import Standing, give_up, standing_of
 from numina_finetune.sweep.trials import Trial
@@ -32,8 +23,6 @@ from numina_finetune.train.place import METRICS
 logger = logging.getLogger(__name__)
 
 LOCK = "sweep.lock"
-LOCK_PATIENCE = 60.0
-"""Seconds that the trials of a killed sweep may take to save."""
 POLL_SECONDS = 0.2
 TOLD_EVERY = 30.0
 """Seconds between two lines about a running trial."""
@@ -63,19 +52,21 @@ class Runner:
 
     def __init__(self, lock: int, criteria: Criteria) -> None:
         """``lock``: the descriptor of `sweep_lock`, which the trials hold too."""
-        self._lock, self._criteria = lock, criteria
+        self._children, self._criteria = Children(lock), criteria
         self._running: list[_Running] = []
-        self._preparing: subprocess.Popen[bytes] | None = None
-        self.signal: int | None = None
+
+    @property
+    def signal(self) -> int | None:
         """The notice that stops the sweep."""
+        return self._children.signal
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Passes SIGTERM and SIGINT on to the trials meanwhile."""
+        return self._children.listening()
 
     def prepare(self, trial: Trial) -> int:
         """Check the whole command and fill the cache that all trials read; the exit code of it."""
-        self._preparing = self._start((*trial.words, "--dry-run"), None)
-        try:
-            return self._preparing.wait()
-        finally:
-            self._preparing = None
+        return self._children.start(("train", *trial.words, "--dry-run")).wait()
 
     def run(self, trials: Sequence[Trial], *, parallel: int, ended: Callable[[Standing], None]) -> ExitCode:
         """Run the trials, at most ``parallel`` at a time, until all have ended or a notice came.
@@ -103,26 +94,10 @@ class Runner:
                 codes.append(_code_of(standing, each.process.returncode))
                 ended(standing)
                 if codes[-1] in (ExitCode.STOPPED, ExitCode.PREEMPTED) and self.signal is None:
-                    self._pass_on(signal.SIGINT if codes[-1] == ExitCode.STOPPED else signal.SIGTERM, None)
-        if self.signal is not None:
-            return ExitCode.STOPPED if self.signal == signal.SIGINT else ExitCode.PREEMPTED
+                    self._children.pass_on(signal.SIGINT if codes[-1] == ExitCode.STOPPED else signal.SIGTERM)
+        if self._children.noticed is not None:
+            return self._children.noticed
         return next((code for code in (ExitCode.CONFIGURATION, ExitCode.CRASHED) if code in codes), ExitCode.DONE)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Passes SIGTERM and SIGINT on to the trials meanwhile."""
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        self.signal = self.signal or number
-        for process in (*(each.process for each in self._running), self._preparing):
-            if process is not None and process.poll() is None:
-                process.send_signal(number)
 
     def _is_over(self, codes: Sequence[ExitCode]) -> bool:
         return self.signal is not None or ExitCode.CONFIGURATION in codes
@@ -132,23 +107,8 @@ class Runner:
         output.parent.mkdir(parents=True, exist_ok=True)
         logger.info("%s: begins; its output is in %s", trial.name, output)
         with output.open("ab") as log:
-            self._running.append(_Running(trial, self._start(trial.words, log), time.monotonic()))
-
-    def _start(self, words: Sequence[str], output: Any) -> subprocess.Popen[bytes]:
-        if output is None:
-            sys.stdout.flush()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "numina_finetune", "train", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output is not None else None,
-            start_new_session=True,
-            pass_fds=(self._lock,),
-            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM, os.getpid()),
-        )
-        if self.signal is not None:  # it came while the process was being made
-            process.send_signal(self.signal)
-        return process
+            process = self._children.start(("train", *trial.words), log)
+        self._running.append(_Running(trial, process, time.monotonic()))
 
     def _watch(self, each: _Running) -> None:
         """Look at the trial's newest records: is it diverging, how far is it."""
@@ -198,34 +158,10 @@ def sweep_lock(folder: Path) -> Iterator[int]:
     Raises:
         ConfigError: another one stays in there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        patience, told = time.monotonic() + LOCK_PATIENCE, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > patience:
-                    raise ConfigError(
-                        f"--output-dir {folder}: another sweep, or a trial of one, is at work there: wait for it, or "
-                        "give another folder"
-                    ) from error
-            if not told:
-                logger.info("waiting for another sweep's trials in %s to end", folder)
-                told = True
-            time.sleep(POLL_SECONDS)
-        yield file.fileno()
+    with lock_folder(folder, LOCK, "another sweep, or a trial of one,") as descriptor:
+        yield descriptor
 
 
 def _code_of(standing: Standing, code: int) -> ExitCode:
-    """What a trial's end means for the sweep; no launcher stands between, so that its exit code is its own."""
-    if standing.finished:
-        return ExitCode.DONE
-    return {
-        ExitCode.CONFIGURATION: ExitCode.CONFIGURATION,
-        ExitCode.STOPPED: ExitCode.STOPPED,
-        -signal.SIGINT: ExitCode.STOPPED,  # before it had its own handlers
-        ExitCode.PREEMPTED: ExitCode.PREEMPTED,
-        -signal.SIGTERM: ExitCode.PREEMPTED,
-    }.get(code, ExitCode.CRASHED)
+    """What a trial's end means for the sweep."""
+    return ExitCode.DONE if standing.finished else exit_code_of(code)

@@ -1,0 +1,356 @@
+"""What a step does, by its kind: a command with its options, the outputs that it leaves, and what makes its result.
+
+Options have the names and the checks of the command itself. What decides where a step works is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from numina_finetune import launch
+from numina_finetune.checks import config_faults
+from numina_finetune.config import BACKENDS, RunConfig, SourceConfig, flag, typed_values
+from numina_finetune.data.prepare import IndexOptions
+from numina_finetune.data.sources import benchmark_source, content_key, preflight, resolve_source, source_kind
+from numina_finetune.errors import UserError
+from numina_finetune.evaluation.options import EvaluateOptions
+from numina_finetune.evaluation.results import SUMMARY
+from numina_finetune.evaluation.tasks import find_task, load_problems
+from numina_finetune.storage import NotFound, Store
+from numina_finetune.train.metrics import parse_metrics
+from numina_finetune.train.place import ADAPTER, METRICS, MODEL, exports_of
+
+CACHE = "cache"
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a step works."""
+
+    root: str
+    """The pipeline's place."""
+    folder: str
+    """The step's own in there."""
+
+    @property
+    def url(self) -> str:
+        return f"{self.root}/{self.folder}"
+
+
+class Work(ABC):
+    """A step with its options resolved."""
+
+    alone: ClassVar[bool]
+    """Whether one process does it while others of the same launch wait."""
+    remade: ClassVar[bool] = False
+    """Whether nothing may be left of its outputs when it is done again."""
+    own: ClassVar[Sequence[str]]
+    """Options of the command that the pipeline gives."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+        """The work in that place, or what is wrong with the form of the options in ``faults``."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Mapping[str, str]:
+        """Where they are in the step's folder, by name; "" is the folder itself."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What makes its result, options that have their defaults left out: a new one changes no step of old."""
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """What can be seen to be wrong without a library being loaded."""
+
+    @abstractmethod
+    def library_faults(self) -> list[str]:
+        """What can be seen to be wrong besides, before a model or a device is touched."""
+
+    @abstractmethod
+    def words(self, scratch: Path) -> list[str]:
+        """The command; files that it reads are written into ``scratch``."""
+
+    def files(self) -> dict[str, str]:
+        """Digests of the files here that it reads, by name."""
+        return {}
+
+    def figures(self, store: Store) -> Figures:
+        """What it found.
+
+        Args:
+            store: of its folder.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class _Configured(Work):
+    """Of the commands that take a run's options."""
+
+    config: RunConfig
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+        try:
+            config = RunConfig.from_mapping(options, where)
+        except UserError as error:
+            faults += error.problems
+            return None
+        return cls(replace(config, output_dir=location.root, run_id=location.folder))
+
+    def files(self) -> dict[str, str]:
+        return _contents([*map(resolve_source, self.config.datasets), *map(benchmark_source, self.config.against)])
+
+    def faults(self) -> list[str]:
+        return [*config_faults(self.config), *preflight(self.config.datasets, self.config)]
+
+    def _written(self, scratch: Path) -> list[str]:
+        path = scratch / f"{self.config.resolved_run_id}.yaml"
+        path.write_text(yaml.safe_dump(self.config.to_mapping(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return ["--config", str(path)]
+
+
+class Train(_Configured):
+    """``train``: the step's folder is the run's."""
+
+    alone = False
+    own = ("output_dir", "run_id", "resume_from_checkpoint", "dry_run")
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        return {"run": "", **{name: name for name in exports_of(self.config)}}
+
+    def identity(self) -> dict[str, Any]:
+        return _changed(self.config.identity(), RunConfig().identity()) | _sources(self.config)
+
+    def library_faults(self) -> list[str]:
+        from numina_finetune.evaluation import in_loop
+        from numina_finetune.train.run import check
+
+        backend, _ = launch.choose_backend(self.config)
+        try:
+            check(self.config, backend)
+        except UserError as error:
+            return [*error.problems, *in_loop.faults(self.config)]
+        return in_loop.faults(self.config)
+
+    def words(self, scratch: Path) -> list[str]:
+        return ["train", *self._written(scratch)]
+
+    def figures(self, store: Store) -> Figures:
+        metrics = parse_metrics(_text(store, METRICS))
+        found = {"steps": float(metrics.steps[-1]["step"]), "loss": metrics.steps[-1]["loss"]} if metrics.steps else {}
+        last = metrics.evaluations[-1] if metrics.evaluations else {}
+        return found | {name: last[name] for name in ("eval_loss", "eval_accuracy") if name in last}
+
+
+class Prepare(_Configured):
+    """``data prepare``: the cache of tokenised data in the step's folder."""
+
+    alone = True
+    own = ("cache_dir",)
+    takes: ClassVar[Sequence[str]] = (
+        *(f.name for f in fields(RunConfig) if f.metadata.get("group") == "Data"),
+        *("datasets", "model_name", "model_revision", "tokenizer_name", "seed"),
+    )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+        faults += [
+            f"{where}: {name} is no option of data prepare: use {', '.join(sorted(cls.takes))}"
+            for name in options
+            if name not in cls.takes
+        ]
+        taken = {name: value for name, value in options.items() if name in cls.takes}
+        return super().of({**taken, "cache_dir": f"{location.url}/{CACHE}"}, location, where, faults)
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        return {CACHE: CACHE}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the tokens; what is done with them is another step's."""
+        chosen = _changed(dataclasses.asdict(IndexOptions.of(self.config)), {})
+        named = {name: getattr(self.config, name) for name in ("tokenizer", "model_revision")}
+        sources = [
+            {name: value for name, value in source.items() if name not in ("weight", "max_samples")}
+            for source in _sources(self.config)["datasets"]
+        ]
+        return {**chosen, **named, "datasets": sources}
+
+    def library_faults(self) -> list[str]:
+        from numina_finetune.models.tokenizer import load_tokenizer
+
+        try:
+            load_tokenizer(self.config)
+        except UserError as error:
+            return error.problems
+        return []
+
+    def words(self, scratch: Path) -> list[str]:
+        return ["data", "prepare", *self._written(scratch)]
+
+
+@dataclass(frozen=True)
+class Evaluate(Work):
+    """``evaluate``: its results in the step's folder."""
+
+    alone = False
+    own = ("output_dir",)
+    options: EvaluateOptions
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+        given = typed_values(EvaluateOptions, options, where, faults)
+        return cls(EvaluateOptions.from_mapping({**given, "output_dir": location.url}))
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        return {"results": ""}
+
+    def identity(self) -> dict[str, Any]:
+        return _changed(self.options.settings(), EvaluateOptions().settings())
+
+    def files(self) -> dict[str, str]:
+        named = [self._task.source]
+        named += [SourceConfig(self.options.shots_file)] if self.options.shots_file else []
+        return _contents(named)
+
+    def faults(self) -> list[str]:
+        return self.options.faults()
+
+    def library_faults(self) -> list[str]:
+        from numina_finetune.evaluation.sandbox import Minimum, require
+
+        chosen = self.options.backend if self.options.backend in BACKENDS else "auto"
+        found = launch.faults(launch.choose_backend(RunConfig(backend=chosen))[0])
+        try:
+            if self.options.tools:
+                require(Minimum(self.options.sandbox_minimum))
+        except UserError as error:
+            found += error.problems
+        try:
+            if source_kind(self._task.source.name) != "hub":
+                load_problems(self._task)
+        except UserError as error:
+            found += error.problems
+        return found
+
+    def words(self, scratch: Path) -> list[str]:
+        return ["evaluate", *_flags(self.options)]
+
+    def figures(self, store: Store) -> Figures:
+        summary = json.loads(_text(store, SUMMARY))
+        return {name: summary["figures"][summary["headline"]][name] for name in ("accuracy", "lower", "upper")}
+
+    @property
+    def _task(self) -> Any:
+        options = self.options
+        return find_task(options.task, options.question_field, options.answer_field, options.answer_style)
+
+
+@dataclass(frozen=True)
+class Export(Work):
+    """``export``: a model, or adapters, in the step's folder."""
+
+    alone = True
+    remade = True
+    own = ("output",)
+    output: str = ""
+    run: str = ""
+    step: str = "newest"
+    dtype: str | None = None
+    lora_export: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+        export = cls(**typed_values(cls, options, where, faults))
+        return replace(export, output=f"{location.url}/{export._kind}")
+
+    @property
+    def outputs(self) -> Mapping[str, str]:
+        return {self._kind: self._kind}
+
+    def identity(self) -> dict[str, Any]:
+        return _changed(dataclasses.asdict(replace(self, output="")), dataclasses.asdict(Export()))
+
+    def faults(self) -> list[str]:
+        return [] if self.run else ["--run is missing: give a run, such as that of a train step"]
+
+    def library_faults(self) -> list[str]:
+        from numina_finetune.export_command import option_faults
+
+        return option_faults(self.step, self.dtype, self.lora_export)
+
+    def words(self, scratch: Path) -> list[str]:
+        return ["export", self.run, *_flags(replace(self, run=""))]
+
+    @property
+    def _kind(self) -> str:
+        return ADAPTER if self.lora_export == "adapter" else MODEL
+
+
+KINDS: Mapping[str, type[Work]] = {"prepare": Prepare, "train": Train, "evaluate": Evaluate, "export": Export}
+"""By the name that pipelines give them."""
+
+
+def work_of(kind: str, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
+    """The step's work; None, and what is wrong in ``faults``, where the options are not the command's."""
+    cls, known = KINDS[kind], len(faults)
+    faults += [
+        f"{where}: {name} is the pipeline's own: leave it out, and refer to the step's outputs"
+        for name in cls.own
+        if name in options
+    ]
+    work = cls.of({name: value for name, value in options.items() if name not in cls.own}, location, where, faults)
+    return None if len(faults) > known else work
+
+
+def _sources(config: RunConfig) -> dict[str, Any]:
+    like = dataclasses.asdict(SourceConfig(""))
+    return {"datasets": [_changed(dataclasses.asdict(source), like) for source in config.datasets]}
+
+
+def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have other values than by default."""
+    return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+
+
+def _contents(sources: Sequence[SourceConfig]) -> dict[str, str]:
+    """Digests of the sources that are files or folders here."""
+    local = {each.name: each for each in sources if each.name and source_kind(each.name) in ("file", "folder")}
+    return {name: content_key(source, False) for name, source in local.items()}
+
+
+def _flags(options: Any) -> list[str]:
+    """The command-line options that make ``options`` of the defaults."""
+    found = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value == option.default:
+            continue
+        if isinstance(value, bool):
+            found.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
+        else:
+            found.append(f"{flag(option.name)}={value}")
+    return found
+
+
+def _text(store: Store, name: str) -> str:
+    try:
+        return store.read(name).decode()
+    except NotFound:
+        return ""
