@@ -37,6 +37,11 @@ def _checked_training(options: SpotOptions, words: list[str]) -> tuple[SpotOptio
         faults.append(
             f"--output-dir {options.output_dir} is of this computer: give gs://bucket/prefix, which the workers see too"
         )
+    if words[:1] == ["run"]:
+        from numina_finetune.pipeline.supervised import checked_pipeline
+
+        named, wrong = checked_pipeline(options, words)
+        return named, [*faults, *wrong]
     try:
         given = training_options(words)
         config = resolve_config(given.pop("config"), given, faults)
@@ -55,7 +60,10 @@ _TRAINING = inspect.Parameter(
     default=None,
     annotation=Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- TRAINING OPTIONS", help="As for train, without --output-dir and --run-id."),
+        typer.Argument(
+            metavar="-- TRAINING OPTIONS",
+            help="As for train, without --output-dir and --run-id; or: run PIPELINE.yaml.",
+        ),
     ],
 )
 app.command("run")(

@@ -12,7 +12,7 @@ from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.pipeline.executor import Ended, alone_in, run_steps
 from numina_finetune.pipeline.plan import Step, before_others, plan_steps
 from numina_finetune.pipeline.records import StepRecord, read_step
-from numina_finetune.pipeline.spec import PipelineSpec, load_pipeline
+from numina_finetune.pipeline.spec import PipelineSpec, is_name, load_pipeline
 from numina_finetune.pipeline.works import KINDS
 from numina_finetune.storage import open_store
 
@@ -80,6 +80,8 @@ def load(options: RunOptions, faults: list[str]) -> tuple[PipelineSpec, list[Ste
         ConfigError: what is wrong with the file's form.
     """
     spec = load_pipeline(options.pipeline, tuple(KINDS))
+    if options.run_id is not None and not is_name(options.run_id):
+        faults.append(f"--run-id {options.run_id!r} cannot name a folder: use letters, digits, - and _")
     spec = replace(spec, name=options.run_id or spec.name)
     folder = options.output_dir
     if not folder.startswith("gs://"):  # the same place for processes that are started elsewhere

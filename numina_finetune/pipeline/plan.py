@@ -41,7 +41,8 @@ def plan_steps(spec: PipelineSpec, root: str, path: str, faults: list[str]) -> l
     Args:
         root: the pipeline's place.
         path: of its file, for messages.
-        faults: takes everything that is wrong; where something is, not all steps may be there.
+        faults: takes everything that is wrong. A step whose options are none of its command is left out, and with it
+            those that need it.
     """
     steps: dict[str, Step] = {}
     for each in spec.steps:
@@ -53,9 +54,10 @@ def plan_steps(spec: PipelineSpec, root: str, path: str, faults: list[str]) -> l
         work = work_of(each.kind, options, location, where, []) if key else None
         if work is None or key is None:
             continue
-        needs = tuple(dict.fromkeys(reference.step for reference in each.references))
-        steps[each.name] = Step(each.name, each.kind, key, location, options, work, needs)
         faults += [f"{where}: {fault}" for fault in work.faults()]
+        needs = tuple(dict.fromkeys(reference.step for reference in each.references))
+        if all(needed in steps for needed in needs):
+            steps[each.name] = Step(each.name, each.kind, key, location, options, work, needs)
     faults += _export_faults(spec.steps, steps, path)
     return list(steps.values())
 

@@ -90,7 +90,7 @@ def load_pipeline(path: str, kinds: Sequence[str]) -> PipelineSpec:
         if name not in ("name", "defaults", "steps")
     ]
     name = written.get("name")
-    if not _is_name(name):
+    if not is_name(name):
         faults.append(f"{path}: name is {name!r}: it names a folder, so use letters, digits, - and _")
     defaults = _defaults(written.get("defaults") or {}, kinds, path, faults)
     steps = _steps(written.get("steps"), defaults, kinds, path, faults)
@@ -129,7 +129,7 @@ def _steps(
             continue
         name, kind, options = entry.get("name"), entry.get("kind"), entry.get("options") or {}
         found = [f"{key!r} is unknown: use name, kind and options" for key in entry if key not in _STEP_KEYS]
-        if not _is_name(name):
+        if not is_name(name):
             found.append(f"name is {name!r}: it names a folder, so use letters, digits, - and _")
         elif name in [step.name for step in steps]:
             found.append(f"there is another step {name}: give it another name")
@@ -195,5 +195,6 @@ def _named(options: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in options.items()}
 
 
-def _is_name(name: Any) -> bool:
+def is_name(name: Any) -> bool:
+    """Whether it can name a folder."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None

@@ -24,6 +24,7 @@ from numina_finetune.errors import UserError
 from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.results import SUMMARY
 from numina_finetune.evaluation.tasks import find_task, load_problems
+from numina_finetune.spot.training import named_things
 from numina_finetune.storage import NotFound, Store
 from numina_finetune.train.metrics import parse_metrics
 from numina_finetune.train.place import ADAPTER, METRICS, MODEL, exports_of
@@ -83,6 +84,10 @@ class Work(ABC):
     def words(self, scratch: Path) -> list[str]:
         """The command; files that it reads are written into ``scratch``."""
 
+    @abstractmethod
+    def named(self) -> list[tuple[str, str]]:
+        """Each option that may name a file or folder, and what it names."""
+
     def files(self) -> dict[str, str]:
         """Digests of the files here that it reads, by name."""
         return {}
@@ -116,6 +121,9 @@ class _Configured(Work):
 
     def faults(self) -> list[str]:
         return [*config_faults(self.config), *preflight(self.config.datasets, self.config)]
+
+    def named(self) -> list[tuple[str, str]]:
+        return named_things(self.config)
 
     def _written(self, scratch: Path) -> list[str]:
         path = scratch / f"{self.config.resolved_run_id}.yaml"
@@ -252,6 +260,10 @@ class Evaluate(Work):
     def words(self, scratch: Path) -> list[str]:
         return ["evaluate", *_flags(self.options)]
 
+    def named(self) -> list[tuple[str, str]]:
+        named = [(name, getattr(self.options, name)) for name in ("model", "tokenizer_name", "task", "shots_file")]
+        return [(flag(name), value) for name, value in named if value]
+
     def figures(self, store: Store) -> Figures:
         summary = json.loads(_text(store, SUMMARY))
         return {name: summary["figures"][summary["headline"]][name] for name in ("accuracy", "lower", "upper")}
@@ -297,6 +309,9 @@ class Export(Work):
 
     def words(self, scratch: Path) -> list[str]:
         return ["export", self.run, *_flags(replace(self, run=""))]
+
+    def named(self) -> list[tuple[str, str]]:
+        return [("--run", self.run)]
 
     @property
     def _kind(self) -> str:

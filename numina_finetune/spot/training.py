@@ -1,4 +1,4 @@
-"""The training's own command: checked before a machine is asked for, and made fit for the workers."""
+"""The command that the workers run: checked before a machine is asked for, and made fit for them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from numina_finetune.checks import config_faults
 from numina_finetune.config import RunConfig, flag
 from numina_finetune.data.sources import parse_source_name
 
-CONFIG = "training.yaml"
-"""The name on the workers of the file that ``--config`` gives."""
+CONFIG, PIPELINE = "training.yaml", "pipeline.yaml"
+"""The names on the workers of the file that ``--config`` gives, and of a pipeline's."""
 
 
 def training_faults(config: RunConfig, *, in_image: bool) -> list[str]:
@@ -22,18 +22,29 @@ def training_faults(config: RunConfig, *, in_image: bool) -> list[str]:
     faults = config_faults(config)
     if config.dry_run:
         faults.append("--dry-run among the training's options would train nothing: give it before the --")
-    if not in_image:
-        faults += [
-            f"{option} {name} is of this computer, which the workers do not see: use a hub name"
-            for option, name in _named_things(config)
-            if _is_here(name)
-        ]
-    return faults
+    return faults if in_image else [*faults, *here_faults(named_things(config))]
+
+
+def here_faults(named: Sequence[tuple[str, str]]) -> list[str]:
+    """The options that name something on this computer.
+
+    Args:
+        named: options, and what each names.
+    """
+    return [
+        f"{option} {name} is of this computer, which the workers do not see: use a hub name"
+        for option, name in named
+        if _is_here(name)
+    ]
 
 
 def with_shipped_config(training: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The command as the workers can run it, and the text of the file that has to lie beside it, by name."""
     words, files = list(training), dict[str, str]()
+    if words[:1] == ["run"]:
+        files[PIPELINE] = Path(words[1]).read_text(encoding="utf-8")
+        words[1] = PIPELINE
+        return words, files
     for index, word in enumerate(words):
         name, equals, path = word.partition("=")
         if name != "--config":
@@ -46,7 +57,7 @@ def with_shipped_config(training: Sequence[str]) -> tuple[list[str], dict[str, s
     return words, files
 
 
-def _named_things(config: RunConfig) -> list[tuple[str, str]]:
+def named_things(config: RunConfig) -> list[tuple[str, str]]:
     """Each option that may name a file or folder, and what it names."""
     found = [("--dataset-name", source.name) for source in config.datasets]
     found += [(flag(name), getattr(config, name)) for name in ("model_name", "tokenizer_name", "eval_dataset_name")]

@@ -88,9 +88,12 @@ class Watch:
         return max((int(match[1]) for match in found if match), default=0)
 
     def saved_step(self) -> int:
-        """The step of the newest committed checkpoint, 0 where there is none."""
-        found = (_COMMITTED.match(entry.name) for entry in self._store.list("checkpoints/"))
-        return max((int(match[1]) for match in found if match), default=0)
+        """The step of the newest committed checkpoint, 0 where there is none; of a pipeline, of all its trainings."""
+        return sum(self._saved_step(run) for run in ("", *(f"{folder}/" for folder in self._store.folders())))
+
+    def _saved_step(self, run: str) -> int:
+        names = (entry.name.removeprefix(run) for entry in self._store.list(f"{run}checkpoints/"))
+        return max((int(match[1]) for match in map(_COMMITTED.match, names) if match), default=0)
 
     # --- waiting for a machine -------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ BEAT = float(os.environ.get("NUMINA_SPOT_BEAT", "5"))
 LOCK_FILE = Path(os.environ.get("NUMINA_SPOT_TPU_LOCK", "/tmp/libtpu_lockfile"))
 STEP = re.compile(rb"\bstep (\d+)/(\d+)\s+loss ([-+.\deEnaif]+)")
 """What the training logs of a step: its number, that of the last one, and the loss."""
+ANSWERED = re.compile(rb"^ *\d+/\d+ problems,", re.MULTILINE)
+"""What an evaluation logs; it is as good a sign of life as a step."""
 
 
 def start(name: str) -> dict[str, Any]:
@@ -170,6 +172,8 @@ def _watch(job: Path, argv: list[str], environment: dict[str, str]) -> None:
                 beat["step_time"] = beat["time"]
                 beat.setdefault("first_step", beat["time"] - began)
             beat.update(step=int(found[1]), total_steps=int(found[2]), loss=float(found[3]))
+        if ANSWERED.search(fresh[:whole]):
+            beat["step_time"] = beat["time"]
         _write(job / "heartbeat", json.dumps(beat))
         if code is not None:
             # As a shell gives it: a signal is 128 and its number.
