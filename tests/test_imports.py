@@ -104,6 +104,7 @@ def test_only_storage_knows_google_cloud() -> None:
         ("evaluation", own("xla", "torch_native", "cli")),
         ("run_report", own("xla", "torch_native", "evaluation", "sweep", "cli")),
         ("sweep", own("xla", "torch_native", "evaluation", "cli")),
+        ("pipeline", own("xla", "torch_native", "cli", "sweep", "plan")),
         ("plan", own("xla", "torch_native", "evaluation", "checkpoint", "cli")),
         ("doctor", own("xla", "torch_native", "train", "checkpoint", "evaluation", "cli")),
         ("xla", own("torch_native", "cli")),
@@ -130,7 +131,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
 )
 def test_the_ground_floor_imports_no_room(name: str) -> None:
     rooms = own("cli", "data", "models", "train", "xla", "torch_native", "checkpoint", "evaluation", "spot", "plan")
-    rooms += own("run_report", "sweep")
+    rooms += own("run_report", "sweep", "pipeline")
     assert offenders([PACKAGE / name], *rooms) == []
 
 
@@ -150,5 +151,6 @@ def test_the_command_line_answers_before_it_loads_a_device_library() -> None:
     assert not loaded & {"torch_xla", "accelerate", "transformers", "torch", "datasets"}
 
 
-def test_a_sweep_leaves_the_devices_to_its_trials() -> None:
-    assert not loaded_by("numina_finetune.sweep.command") & {"torch_xla", "accelerate", "transformers"}
+@pytest.mark.parametrize("room", ["sweep", "pipeline"])
+def test_what_starts_trainings_leaves_the_devices_to_them(room: str) -> None:
+    assert not loaded_by(f"numina_finetune.{room}.command") & {"torch_xla", "accelerate", "transformers"}

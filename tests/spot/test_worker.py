@@ -144,3 +144,13 @@ def test_a_command_that_is_not_there_is_told_in_the_log(home: Path, ask: Ask) ->
     ask("start", "setup-1")
     assert wait(ask, "setup-1", lambda status: status["exit_code"] is not None)["exit_code"] == 127
     assert "cannot start /no/such/program" in (home / "jobs/setup-1/log").read_text()
+
+
+def test_answers_of_an_evaluation_are_as_good_a_sign_of_life_as_steps(home: Path, ask: Ask) -> None:
+    answers = "until [ -e asked ]; do sleep 0.05; done; echo '  32/256 problems, 12.5% of them right'; sleep 30"
+    job(home, "train-1", f"echo 'step 3/10  loss 1.25  lr'; {answers}")
+    ask("start", "train-1")
+    wait(ask, "train-1", lambda status: status["step"] == 3)
+    before = wait(ask, "train-1", lambda status: status["step_age"] > 0.5)["step_age"]
+    (home / "asked").touch()
+    wait(ask, "train-1", lambda status: status["step_age"] < before)  # by itself it only grows
