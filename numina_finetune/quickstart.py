@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from numina_finetune.config import RunConfig, SourceConfig, flag
+from numina_finetune.cli_options import words_of
+from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data.sources import SYNTHETIC
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluate_command import MakeBackend, evaluate, run_compare
@@ -119,16 +120,7 @@ def quickstart_config(output_dir: Path, steps: int) -> RunConfig:
 def command_line(config: RunConfig) -> list[str]:
     """The options that make ``numina-finetune`` run ``config``: those that differ from their defaults."""
     (source,) = config.datasets
-    options = [f"--dataset-name={source.name}", f"--format={source.format}"]
-    for option in fields(RunConfig):
-        value = getattr(config, option.name)
-        if option.default is MISSING or option.name == "datasets" or value == option.default:
-            continue
-        if isinstance(value, bool):
-            options.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
-        else:
-            options.append(f"{flag(option.name)}={value}")
-    return options
+    return [f"--dataset-name={source.name}", f"--format={source.format}", *words_of(config, without=["datasets"])]
 
 
 def _stages(config: RunConfig, run: Path, make_backend: MakeBackend, test_problems: int, figures: Figures) -> None:

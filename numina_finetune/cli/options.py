@@ -102,6 +102,25 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
     return sources
 
 
+def words_of(options: Any, *, without: Sequence[str] = ()) -> list[str]:
+    """The command-line options that make ``options`` of the defaults.
+
+    Args:
+        options: a dataclass whose fields are options.
+        without: fields that are none, or not to be said.
+    """
+    words = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name in without or value == option.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
+        else:
+            words.append(f"{flag(option.name)}={value}")
+    return words
+
+
 def command_of(
     run: Callable[..., int], doc: str | None, chosen: Sequence[Field[Any]], *more: Any
 ) -> Callable[..., int]:

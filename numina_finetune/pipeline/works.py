@@ -17,12 +17,12 @@ import yaml
 
 from numina_finetune import launch
 from numina_finetune.checks import config_faults
+from numina_finetune.cli_options import words_of
 from numina_finetune.config import BACKENDS, RunConfig, SourceConfig, flag, typed_values
 from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import benchmark_source, content_key, preflight, resolve_source, source_kind
 from numina_finetune.errors import UserError
 from numina_finetune.evaluation.options import EvaluateOptions
-from numina_finetune.evaluation.results import SUMMARY
 from numina_finetune.evaluation.tasks import find_task, load_problems
 from numina_finetune.spot.training import named_things
 from numina_finetune.storage import NotFound, Store
@@ -258,13 +258,15 @@ class Evaluate(Work):
         return found
 
     def words(self, scratch: Path) -> list[str]:
-        return ["evaluate", *_flags(self.options)]
+        return ["evaluate", *words_of(self.options)]
 
     def named(self) -> list[tuple[str, str]]:
         named = [(name, getattr(self.options, name)) for name in ("model", "tokenizer_name", "task", "shots_file")]
         return [(flag(name), value) for name, value in named if value]
 
     def figures(self, store: Store) -> Figures:
+        from numina_finetune.evaluation.results import SUMMARY
+
         summary = json.loads(_text(store, SUMMARY))
         return {name: summary["figures"][summary["headline"]][name] for name in ("accuracy", "lower", "upper")}
 
@@ -308,7 +310,7 @@ class Export(Work):
         return option_faults(self.step, self.dtype, self.lora_export)
 
     def words(self, scratch: Path) -> list[str]:
-        return ["export", self.run, *_flags(replace(self, run=""))]
+        return ["export", self.run, *words_of(replace(self, run=""))]
 
     def named(self) -> list[tuple[str, str]]:
         return [("--run", self.run)]
@@ -348,20 +350,6 @@ def _contents(sources: Sequence[SourceConfig]) -> dict[str, str]:
     """Digests of the sources that are files or folders here."""
     local = {each.name: each for each in sources if each.name and source_kind(each.name) in ("file", "folder")}
     return {name: content_key(source, False) for name, source in local.items()}
-
-
-def _flags(options: Any) -> list[str]:
-    """The command-line options that make ``options`` of the defaults."""
-    found = []
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if value == option.default:
-            continue
-        if isinstance(value, bool):
-            found.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
-        else:
-            found.append(f"{flag(option.name)}={value}")
-    return found
 
 
 def _text(store: Store, name: str) -> str:
