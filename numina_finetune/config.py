@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -421,7 +421,7 @@ class RunConfig:
             ConfigError: unknown names, or values of the wrong type, all at once.
         """
         faults: list[str] = []
-        values = typed_values(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
+        values = _typed(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
         sources = []
         entries = mapping.get("datasets") or []
         if not isinstance(entries, list | tuple):
@@ -433,7 +433,7 @@ class RunConfig:
             if not isinstance(entry, Mapping) or "name" not in entry:
                 faults.append(f"{place}: needs a mapping with at least `name`")
                 continue
-            sources.append(typed_values(SourceConfig, entry, place, faults))
+            sources.append(_typed(SourceConfig, entry, place, faults))
         if faults:
             raise ConfigError(faults)
         return RunConfig(**values, datasets=tuple(SourceConfig(**source) for source in sources))
@@ -442,6 +442,38 @@ class RunConfig:
 def flag(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def words_of(options: Any, *, without: Sequence[str] = ()) -> list[str]:
+    """The command-line options that make ``options`` of the defaults.
+
+    Args:
+        options: a dataclass whose fields are options.
+        without: fields that are none, or not to be said.
+    """
+    words = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name in without or value == option.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
+        else:
+            words.append(f"{flag(option.name)}={value}")
+    return words
+
+
+def values_of(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values in a file's mapping for a dataclass of options.
+
+    Raises:
+        ConfigError: unknown names, or values of the wrong type, all at once.
+    """
+    faults: list[str] = []
+    values = _typed(cls, mapping, where, faults)
+    if faults:
+        raise ConfigError(faults)
+    return values
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -470,7 +502,7 @@ def field_name(cls: type, name: str) -> str:
     return aliases.get(name, name)
 
 
-def typed_values(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
+def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
     """Values of ``mapping`` converted to the types of ``cls``'s fields; what does not fit goes into ``faults``."""
     known = {f.name: f for f in fields(cls) if f.name != "datasets"}
     values: dict[str, Any] = {}

@@ -90,16 +90,6 @@ def run_export(
 
 
 def _refuse(step: str, output: str, dtype: str | None, lora_export: str | None, faults: list[str]) -> None:
-    faults = [*option_faults(step, dtype, lora_export), *faults]
-    if _is_taken(output):
-        faults.append(f"--output {output} is not empty: give another place, or delete what is there")
-    if faults:
-        raise ConfigError(faults)
-
-
-def option_faults(step: str, dtype: str | None, lora_export: str | None) -> list[str]:
-    """What is wrong with the options themselves, whatever the run and the place."""
-    faults = []
     if step != "newest" and not step.isdecimal():
         faults.append(f"--step {step!r} is unknown: use newest or the number of a step")
     if dtype is not None and dtype not in DTYPES:
@@ -108,7 +98,10 @@ def option_faults(step: str, dtype: str | None, lora_export: str | None) -> list
         faults.append(f"--lora-export {lora_export!r} is unknown: use merged or adapter, one folder at a time")
     if lora_export == "adapter" and dtype is not None:
         faults.append(f"--dtype {dtype}: adapters are written in the type that they were trained in: leave it out")
-    return faults
+    if _is_taken(output):
+        faults.append(f"--output {output} is not empty: give another place, or delete what is there")
+    if faults:
+        raise ConfigError(faults)
 
 
 def _is_taken(output: str) -> bool:

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from numina_finetune.cli_options import words_of
-from numina_finetune.config import RunConfig, SourceConfig
+from numina_finetune.config import RunConfig, SourceConfig, words_of
 from numina_finetune.data.sources import SYNTHETIC
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluate_command import MakeBackend, evaluate, run_compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from typing import Annotated, Any
 
 import typer
@@ -100,25 +100,6 @@ def _sources(options: dict[str, list[Any] | None], faults: list[str]) -> list[di
             for source, value in zip(sources, values * (len(names) if len(values) == 1 else 1), strict=True):
                 source[column] = value
     return sources
-
-
-def words_of(options: Any, *, without: Sequence[str] = ()) -> list[str]:
-    """The command-line options that make ``options`` of the defaults.
-
-    Args:
-        options: a dataclass whose fields are options.
-        without: fields that are none, or not to be said.
-    """
-    words = []
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if option.name in without or value == option.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
-        else:
-            words.append(f"{flag(option.name)}={value}")
-    return words
 
 
 def command_of(

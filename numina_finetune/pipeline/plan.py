@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from numina_finetune.errors import ConfigError
 from numina_finetune.pipeline.spec import PipelineSpec, Reference, StepSpec, substituted
 from numina_finetune.pipeline.works import Export, Location, Train, Work, work_of
 
@@ -48,12 +49,14 @@ def plan_steps(spec: PipelineSpec, root: str, path: str, faults: list[str]) -> l
     for each in spec.steps:
         where = f"{path}, step {each.name}"
         faults += _output_faults(each, steps, where)
-        key = _key(each, steps, root, where, faults)
-        location = Location(root, f"{each.name}-{key or _UNKNOWN}")
-        options = substituted(each.options, _addresses(steps))
-        work = work_of(each.kind, options, location, where, []) if key else None
-        if work is None or key is None:
+        try:
+            key = _key(each, steps, root, where)
+        except ConfigError as error:
+            faults += error.problems
             continue
+        location = Location(root, f"{each.name}-{key}")
+        options = substituted(each.options, _addresses(steps))
+        work = work_of(each.kind, options, location, where)
         faults += [f"{where}: {fault}" for fault in work.faults()]
         needs = tuple(dict.fromkeys(reference.step for reference in each.references))
         if all(needed in steps for needed in needs):
@@ -87,17 +90,17 @@ def before_others(step: StepSpec, spec: PipelineSpec, steps: Mapping[str, Step],
     if not pending:
         return steps[step.name].work
     location = steps[step.name].location
-    work = work_of(step.kind, options, Location(location.root, f"{location.folder}.check"), step.name, [])
-    assert work is not None
-    return work
+    return work_of(step.kind, options, Location(location.root, f"{location.folder}.check"), step.name)
 
 
-def _key(step: StepSpec, steps: Mapping[str, Step], root: str, where: str, faults: list[str]) -> str | None:
-    """The hash; None where the options, or those of a step that it needs, are wrong."""
+def _key(step: StepSpec, steps: Mapping[str, Step], root: str, where: str) -> str:
+    """The hash of all that makes the step's result.
+
+    Raises:
+        ConfigError: its options are not its command's.
+    """
     named = substituted(step.options, lambda reference: f"{_folder(reference, steps)}/{reference.output}")
-    work = work_of(step.kind, named, Location(root, step.name), where, faults)
-    if work is None:
-        return None
+    work = work_of(step.kind, named, Location(root, step.name), where)
     inputs = {
         "kind": step.kind,
         "options": work.identity(),

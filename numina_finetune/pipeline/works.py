@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import yaml
 
 from numina_finetune import launch
-from numina_finetune.checks import config_faults
-from numina_finetune.cli_options import words_of
-from numina_finetune.config import BACKENDS, RunConfig, SourceConfig, flag, typed_values
+from numina_finetune.checks import choice_faults, config_faults
+from numina_finetune.config import BACKENDS, RunConfig, SourceConfig, flag, values_of, words_of
 from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import benchmark_source, content_key, preflight, resolve_source, source_kind
-from numina_finetune.errors import UserError
+from numina_finetune.errors import ConfigError, UserError
 from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.tasks import find_task, load_problems
 from numina_finetune.spot.training import named_things
@@ -60,8 +59,15 @@ class Work(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-        """The work in that place, or what is wrong with the form of the options in ``faults``."""
+    def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
+        """The work in that place.
+
+        Args:
+            where: the step, for messages.
+
+        Raises:
+            ConfigError: unknown names, or values of the wrong type, all at once.
+        """
 
     @property
     @abstractmethod
@@ -108,12 +114,8 @@ class _Configured(Work):
     config: RunConfig
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-        try:
-            config = RunConfig.from_mapping(options, where)
-        except UserError as error:
-            faults += error.problems
-            return None
+    def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
+        config = RunConfig.from_mapping(options, where)
         return cls(replace(config, output_dir=location.root, run_id=location.folder))
 
     def files(self) -> dict[str, str]:
@@ -148,12 +150,12 @@ class Train(_Configured):
         from numina_finetune.evaluation import in_loop
         from numina_finetune.train.run import check
 
-        backend, _ = launch.choose_backend(self.config)
+        found = in_loop.faults(self.config)
         try:
-            check(self.config, backend)
+            check(self.config, launch.choose_backend(self.config)[0])
         except UserError as error:
-            return [*error.problems, *in_loop.faults(self.config)]
-        return in_loop.faults(self.config)
+            found += error.problems
+        return found
 
     def words(self, scratch: Path) -> list[str]:
         return ["train", *self._written(scratch)]
@@ -176,14 +178,15 @@ class Prepare(_Configured):
     )
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-        faults += [
+    def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
+        faults = [
             f"{where}: {name} is no option of data prepare: use {', '.join(sorted(cls.takes))}"
             for name in options
             if name not in cls.takes
         ]
-        taken = {name: value for name, value in options.items() if name in cls.takes}
-        return super().of({**taken, "cache_dir": f"{location.url}/{CACHE}"}, location, where, faults)
+        if faults:
+            raise ConfigError(faults)
+        return super().of({**options, "cache_dir": f"{location.url}/{CACHE}"}, location, where)
 
     @property
     def outputs(self) -> Mapping[str, str]:
@@ -221,8 +224,8 @@ class Evaluate(Work):
     options: EvaluateOptions
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-        given = typed_values(EvaluateOptions, options, where, faults)
+    def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
+        given = values_of(EvaluateOptions, options, where)
         return cls(EvaluateOptions.from_mapping({**given, "output_dir": location.url}))
 
     @property
@@ -290,8 +293,8 @@ class Export(Work):
     lora_export: str | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-        export = cls(**typed_values(cls, options, where, faults))
+    def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
+        export = cls(**values_of(cls, options, where))
         return replace(export, output=f"{location.url}/{export._kind}")
 
     @property
@@ -302,12 +305,16 @@ class Export(Work):
         return _changed(dataclasses.asdict(replace(self, output="")), dataclasses.asdict(Export()))
 
     def faults(self) -> list[str]:
-        return [] if self.run else ["--run is missing: give a run, such as that of a train step"]
+        found = [] if self.run else ["--run is missing: give a run, such as that of a train step"]
+        if self.step != "newest" and not self.step.isdecimal():
+            found.append(f"--step {self.step!r} is unknown: use newest or the number of a step")
+        if self.lora_export == "adapter" and self.dtype is not None:
+            found.append(f"--dtype {self.dtype}: adapters are written in the type that they were trained in")
+        allowed = {"dtype": ("bf16", "fp32", None), "lora_export": ("merged", "adapter", None)}
+        return [*found, *choice_faults(self, allowed)]
 
     def library_faults(self) -> list[str]:
-        from numina_finetune.export_command import option_faults
-
-        return option_faults(self.step, self.dtype, self.lora_export)
+        return []
 
     def words(self, scratch: Path) -> list[str]:
         return ["export", self.run, *words_of(replace(self, run=""))]
@@ -324,16 +331,25 @@ KINDS: Mapping[str, type[Work]] = {"prepare": Prepare, "train": Train, "evaluate
 """By the name that pipelines give them."""
 
 
-def work_of(kind: str, options: Mapping[str, Any], location: Location, where: str, faults: list[str]) -> Work | None:
-    """The step's work; None, and what is wrong in ``faults``, where the options are not the command's."""
-    cls, known = KINDS[kind], len(faults)
-    faults += [
+def work_of(kind: str, options: Mapping[str, Any], location: Location, where: str) -> Work:
+    """The step's work.
+
+    Raises:
+        ConfigError: the options are not the command's, or are the pipeline's own; all of it at once.
+    """
+    cls = KINDS[kind]
+    faults = [
         f"{where}: {name} is the pipeline's own: leave it out, and refer to the step's outputs"
         for name in cls.own
         if name in options
     ]
-    work = cls.of({name: value for name, value in options.items() if name not in cls.own}, location, where, faults)
-    return None if len(faults) > known else work
+    try:
+        work = cls.of({name: value for name, value in options.items() if name not in cls.own}, location, where)
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.problems]) from error
+    if faults:
+        raise ConfigError(faults)
+    return work
 
 
 def _sources(config: RunConfig) -> dict[str, Any]:

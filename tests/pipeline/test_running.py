@@ -71,6 +71,11 @@ def test_the_list_shows_what_a_changed_option_would_run(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(line[0], line[2]) for line in lines[1:]] == [("data", "done"), ("cot", "done"), ("export", "not")]
     assert lines[1][-1] == str(ran.folder("data"))
+    named = ["run", str(ran.file), "--output-dir", ran.output_dir, "--run-id", "other", "--list"]
+    assert cli.run_command(named) == ExitCode.DONE
+    assert str(Path(ran.output_dir) / "other" / "cot-") in capsys.readouterr().out
+    assert cli.run_command([*named[:-2], "a/b"]) == ExitCode.CONFIGURATION
+    assert "--run-id 'a/b' cannot name a folder" in capsys.readouterr().err
 
 
 def test_a_step_alone_needs_those_before_it(ran: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
