@@ -38,10 +38,13 @@ def stop_with_launcher() -> None:
         die_with_parent(signal.SIGTERM, os.getppid())
 
 
-def is_first_process() -> bool:
+def is_first_process(metadata_url: str = RunConfig.metadata_url) -> bool:
     """Whether this is the first of all processes that were started together, as told without a device library.
 
     A launcher numbers its processes; the hosts of a TPU slice are numbered by their environment or their machines.
+
+    Args:
+        metadata_url: of the service that is asked on a TPU host.
     """
     if rank := os.environ.get("RANK"):
         return rank == "0"
@@ -50,7 +53,7 @@ def is_first_process() -> bool:
     number = os.environ.get("CLOUD_TPU_TASK_ID") or os.environ.get("TPU_WORKER_ID")
     if number is None and tpu_attached():
         try:
-            number = Service(RunConfig.metadata_url).get(_WORKER_NUMBER).text
+            number = Service(metadata_url).get(_WORKER_NUMBER).text
         except NoAnswer:  # a host that is alone
             number = None
     return number in (None, "0")
