@@ -120,6 +120,16 @@ def stage_model(
     return Staged(store.url, record.files, new)
 
 
+def record_of_folder(folder: Path) -> Record:
+    """What ``STAGED.json`` says of a model that is stored from a local folder, file by file as it is there."""
+    record = _Folder(folder).record()
+    files = {
+        name: replace(facts, blocks=block_checksums(_chunks(folder / name))) if is_weights(name) else facts
+        for name, facts in record.files.items()
+    }
+    return replace(record, files=files)
+
+
 def _refuse_taken(store: Store, origin: _Origin) -> None:
     names = set(store.names())  # before the records, which are written before and after the files
     staged, began = read_record(store, STAGED), read_record(store, SOURCE)

@@ -194,13 +194,13 @@ class Prepare(_Configured):
 
     def identity(self) -> dict[str, Any]:
         """What decides the tokens; what is done with them is another step's."""
-        chosen = _changed(dataclasses.asdict(IndexOptions.of(self.config)), {})
+        chosen, plain = (dataclasses.asdict(IndexOptions.of(config)) for config in (self.config, RunConfig()))
         named = {name: getattr(self.config, name) for name in ("tokenizer", "model_revision")}
         sources = [
             {name: value for name, value in source.items() if name not in ("weight", "max_samples")}
             for source in _sources(self.config)["datasets"]
         ]
-        return {**chosen, **named, "datasets": sources}
+        return {**_changed(chosen, plain), **named, "datasets": sources}
 
     def library_faults(self) -> list[str]:
         from numina_finetune.models.tokenizer import load_tokenizer
@@ -233,7 +233,7 @@ class Evaluate(Work):
         return {"results": ""}
 
     def identity(self) -> dict[str, Any]:
-        return _changed(self.options.settings(), EvaluateOptions().settings())
+        return _changed(self.options.settings(), dataclasses.asdict(EvaluateOptions()))
 
     def files(self) -> dict[str, str]:
         named = [self._task.source]

@@ -90,8 +90,19 @@ class RunPlace:
 
 
 def store_model(folder: Path, target: Store) -> None:
-    """Store a model's or an adapter's files, in such an order that a part of them does not look like one."""
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name in _LAST, path.name)):
+    """Store a model's or an adapter's files, in such an order that a part of them does not look like one.
+
+    A model is recorded as ``numina-finetune stage`` does it, so that its address can be given as a model's name.
+    """
+    paths = sorted(folder.iterdir())
+    for path in [path for path in paths if path.name not in _LAST]:
+        target.upload(path, path.name)
+    if any(path.name == "config.json" for path in paths):
+        from numina_finetune.models.stage import record_of_folder  # loads much, and most only look for files
+        from numina_finetune.models.staged import STAGED
+
+        target.write_json(STAGED, record_of_folder(folder).to_json())
+    for path in [path for path in paths if path.name in _LAST]:
         target.upload(path, path.name)
 
 

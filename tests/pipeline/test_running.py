@@ -19,6 +19,22 @@ from tests.conftest import ROOT, environment
 from tests.gcs import Gcs, gcs
 from tests.pipeline.bench import TINY, Pipeline, kill_tree, wait_until
 
+SECOND_STAGE = """
+  - name: tir
+    kind: train
+    options:
+      <<: *data
+      model_name: ${cot.model}
+      cache_dir: ${data.cache}
+      precision: fp32
+      per_device_train_batch_size: 1
+      backend: native
+      max_steps: 2
+      metadata_url: none
+  - name: answers
+    kind: evaluate
+    options: {model: "${tir.model}", task: synthetic-gsm8k, max_problems: 2, max_new_tokens: 2, backend: native}
+"""
 QUICKSTART = ROOT / "configs" / "pipelines" / "quickstart.yaml"
 
 
@@ -193,6 +209,8 @@ def test_two_processes_of_a_launcher_train_together_and_the_first_one_does_the_r
 def test_in_a_bucket_a_killed_pipeline_goes_on_and_leaves_no_half_of_an_export(tmp_path: Path) -> None:
     with gcs() as service:
         pipeline = tiny(tmp_path, f"{service.url}/runs", **service.environment)
+        second_stage = TINY.replace("  - name: export", SECOND_STAGE + "  - name: export")
+        pipeline.file.write_text(second_stage.replace("${cot.run}", "${tir.run}"), encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("STORAGE_EMULATOR_HOST", service.environment["STORAGE_EMULATOR_HOST"])
             _killed_in_its_export(pipeline, service)
@@ -208,4 +226,4 @@ def _killed_in_its_export(pipeline: Pipeline, service: Gcs) -> None:
     output, _ = second.communicate(timeout=600)
     assert second.returncode == ExitCode.DONE, output
     lives = {name: [life.code for life in record.lives] for name, record in pipeline.records().items()}
-    assert lives == {"data": [0], "cot": [0], "export": [None, 0]}
+    assert lives == {"data": [0], "cot": [0], "tir": [0], "answers": [0], "export": [None, 0]}
