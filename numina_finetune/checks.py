@@ -18,6 +18,7 @@ from numina_finetune.config import (
     GSM8K_STYLES,
     LORA_EXPORTS,
     LOSS_CHUNKS,
+    OPTIMIZERS,
     OVERLONG,
     PRECISIONS,
     REASONING_EFFORTS,
@@ -65,7 +66,7 @@ def _not_among(config: RunConfig) -> list[str]:
         "loss_chunks": LOSS_CHUNKS,
         "lr_scheduler_type": SCHEDULES,
         "backend": BACKENDS,
-        "optim": ("adamw",),
+        "optim": OPTIMIZERS,
         "lora_export": LORA_EXPORTS,
         "gsm8k_style": GSM8K_STYLES,
         "tir_style": TIR_STYLES,
@@ -110,8 +111,9 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "lora_rank": 0,
     }
     faults = bound_faults(config, at_least)
-    if not 0 <= config.warmup_ratio <= 1:
-        faults.append(f"--warmup-ratio {config.warmup_ratio} is out of range: use a share from 0 to 1")
+    for name in ("warmup_ratio", "lr_decay_ratio"):
+        if not 0 <= getattr(config, name) <= 1:
+            faults.append(f"{flag(name)} {getattr(config, name)} is out of range: use a share from 0 to 1")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             faults.append(f"{flag(name)} {getattr(config, name)} is out of range: use 0 up to, but not, 1")
@@ -141,6 +143,11 @@ def _contradictions(config: RunConfig) -> list[str]:
         faults.append(
             f"--dataset-weight is given for {len(weighted)} of {len(config.datasets)} datasets: "
             "give it for each, or for none (then every row is seen once an epoch)"
+        )
+    if config.lr_scheduler_type == "wsd" and config.warmup_ratio + config.lr_decay_ratio > 1:
+        faults.append(
+            f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "
+            "whole run: use shares that come to 1 or less"
         )
     if config.eval_dataset_name and config.validation_size:
         faults.append(

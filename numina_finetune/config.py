@@ -25,7 +25,8 @@ ATTENTION = ("auto", "splash", "segments", "flash", "torch")
 EXPERTS = ("auto", "dropless", "capacity", "dense")
 LOSS_CHUNKS = ("auto", "sequence", "vocabulary")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+OPTIMIZERS = ("adamw", "adafactor")
 BACKENDS = ("auto", "xla", "native")
 TRACKERS = ("none", "wandb", "tensorboard")
 LORA_EXPORTS = ("merged", "adapter", "both")
@@ -155,9 +156,20 @@ class RunConfig:
         None, "Rows in one optimizer step; accumulation follows from it and the mesh.", "Optimisation", identity=False
     )
     learning_rate: float = option(2e-5, "Peak learning rate.", "Optimisation")
-    lr_scheduler_type: str = option("cosine", "cosine, linear or constant, after the warm-up.", "Optimisation")
+    lr_scheduler_type: str = option(
+        "cosine",
+        "After the warm-up: cosine or linear to 0, constant, or wsd (constant, and at the end linear to 0).",
+        "Optimisation",
+    )
+    lr_decay_ratio: float = option(
+        0.1, "--lr-scheduler-type wsd: share of the optimizer steps over which the rate goes down.", "Optimisation"
+    )
     warmup_ratio: float = option(0.03, "Share of the optimizer steps spent warming up.", "Optimisation")
-    optim: str = option("adamw", "Optimizer: adamw.", "Optimisation")
+    optim: str = option(
+        "adamw",
+        "Optimizer: adamw, or adafactor, whose state is a row and a column of each matrix, not two more of its size.",
+        "Optimisation",
+    )
     weight_decay: float = option(0.0, "Decoupled weight decay; not on norms and biases.", "Optimisation")
     adam_beta1: float = option(0.9, "AdamW's first moment decay.", "Optimisation")
     adam_beta2: float = option(0.999, "AdamW's second moment decay.", "Optimisation")
@@ -393,6 +405,8 @@ class RunConfig:
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         if not self.lora_rank:  # runs that began before there were adapters go on
             identity = {name: value for name, value in identity.items() if not name.startswith("lora_")}
+        if self.lr_scheduler_type != "wsd":
+            del identity["lr_decay_ratio"]
         if self.experts == "capacity":  # the only form that computes something else: it drops tokens
             identity["expert_capacity"] = self.expert_capacity
         identity["against"] = list(self.against)  # as YAML gives it back

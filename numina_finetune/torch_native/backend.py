@@ -40,7 +40,7 @@ from numina_finetune.train.backend import (
 )
 from numina_finetune.train.decoding import decode
 from numina_finetune.train.loss import CausalLoss
-from numina_finetune.train.optim import adamw_arguments, named_state, parameter_groups
+from numina_finetune.train.optim import make_optimizer, named_state
 from numina_finetune.train.speed import Chips
 from numina_finetune.train.step import optimizer_step
 
@@ -105,7 +105,7 @@ class NativeBackend:
             self._decode_step = self._module.next_logits
             if not trained:
                 return
-            self._optimizer = _make_adamw(self._parameters, config)
+            self._optimizer = make_optimizer(self._parameters, config, fused=True)
             if self._sharded is None:
                 self._module = self.accelerator.prepare(self._module)
         self._max_grad_norm = config.max_grad_norm
@@ -226,18 +226,3 @@ class NativeBackend:
             return nullcontext()
         kept = not self.processes.any(not fits_twice(whole_bytes(self._model, self._precision), self.device))
         return self._sharded.gathered(kept=kept)
-
-
-def _make_adamw(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
-    """AdamW with its state already there, at step 0, so that a checkpoint loads in place."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(parameters, config.weight_decay), lr=0.0, fused=True, **adamw_arguments(config)
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
-    return optimizer

@@ -38,7 +38,7 @@ from numina_finetune.train.optim import named_state
 from numina_finetune.train.speed import Chips
 from numina_finetune.xla.generation import MeshDecoder
 from numina_finetune.xla.micro_batches import MicroBatches
-from numina_finetune.xla.optimizer import make_adamw
+from numina_finetune.xla.optimizer import make_optimizer
 from numina_finetune.xla.placement import place_model, step_options
 from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
 from numina_finetune.xla.state import SavePlanner, settle
@@ -85,7 +85,7 @@ class XlaBackend:
         self._placed = replace(placed, module=self.accelerator.prepare(placed.module.train()))
         if trained:
             self._micro_batches = MicroBatches(self._placed)
-            self._optimizer = make_adamw(self._placed, config, tensors)
+            self._optimizer = make_optimizer(self._placed, config, tensors)
         self._max_grad_norm = config.max_grad_norm
         torch_xla.sync()
         self._traffic.leave_out()

@@ -1,41 +1,42 @@
-"""AdamW whose every value lives on the device."""
+"""The optimizer, every value of which lives on the mesh."""
 
 from __future__ import annotations
 
 import torch
 
 from numina_finetune.config import RunConfig
-from numina_finetune.train.optim import adamw_arguments, parameter_groups
+from numina_finetune.train import optim
 from numina_finetune.xla.placement import Placed, Tensors
+from numina_finetune.xla.sharding import PartitionSpec
 
 
-def make_adamw(placed: Placed, config: RunConfig, tensors: Tensors) -> torch.optim.AdamW:
-    """AdamW with its state already there, at step 0 and split like the parameters.
+def make_optimizer(placed: Placed, config: RunConfig, tensors: Tensors) -> torch.optim.Optimizer:
+    """See :func:`numina_finetune.train.optim.make_optimizer`; the state is split like the parameters."""
 
-    State that only appeared in the first step would change the graph between the first and the second, and a
-    checkpoint could not be loaded in place.
-    """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(placed.parameters, config.weight_decay, placed.decayed),
-        lr=0.0,  # each step brings its own; torch reads the value of a tensor given here
-        capturable=True,
+    def zeros(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        shape, spec = placed.parameters[name].shape, placed.specs[name]
+        return tensors.zeros(tuple(shape[dim] for dim in dims), dtype, tuple(spec[dim] for dim in dims))
+
+    stacking = placed.stacking
+    return optim.make_optimizer(
+        placed.parameters,
+        config,
+        zeros=zeros,
+        matrices=placed.decayed,
+        stacks=[name for name in placed.parameters if stacking and len(stacking.members(name)) > 1],
+        capturable=True,  # torch reads the value of a rate that is a tensor otherwise
         foreach=False,
-        **adamw_arguments(config),
     )
-    for name, parameter in placed.parameters.items():
-        if not parameter.requires_grad:
-            continue
-        shape, spec = tuple(parameter.shape), placed.specs[name]
-        optimizer.state[parameter] = {
-            "step": tensors.zeros((), torch.float32, ()),
-            "exp_avg": tensors.zeros(shape, parameter.dtype, spec),
-            "exp_avg_sq": tensors.zeros(shape, parameter.dtype, spec),
-        }
-    return optimizer
 
 
-def guarded_update(optimizer: torch.optim.AdamW, learning_rate: torch.Tensor, applied: torch.Tensor) -> None:
-    """One AdamW step, undone on the device where ``applied`` (bool scalar) is false."""
+def state_spec(placed: Placed, name: str, key: str) -> PartitionSpec:
+    """Partition of the tensor ``key`` of the optimizer's state for a parameter."""
+    spec = placed.specs[name]
+    return tuple(spec[dim] for dim in optim.kept_dims(key, len(spec)))
+
+
+def guarded_update(optimizer: torch.optim.Optimizer, learning_rate: torch.Tensor, applied: torch.Tensor) -> None:
+    """One step of the optimizer, undone on the device where ``applied`` (bool scalar) is false."""
     tensors = []
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -17,7 +17,7 @@ from numina_finetune.xla.placement import Placed
 def train_step(
     placed: Placed,
     micro_batches: MicroBatches,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     batches: Sequence[DeviceBatch],
     learning_rate: torch.Tensor,
     *,
@@ -30,7 +30,7 @@ def train_step(
 
     Args:
         micro_batches: of the same ``placed``.
-        optimizer: of :func:`numina_finetune.xla.optimizer.make_adamw`.
+        optimizer: of :func:`numina_finetune.xla.optimizer.make_optimizer`.
         batches: one for each micro-batch, int32 ``[batch, seq]`` tensors over all devices.
         learning_rate: fp32 scalar.
     """

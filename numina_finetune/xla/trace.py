@@ -31,7 +31,7 @@ from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
 from numina_finetune.xla.loops import placeholder
 from numina_finetune.xla.lowering import sharding_text, stablehlo
 from numina_finetune.xla.micro_batches import MicroBatches
-from numina_finetune.xla.optimizer import make_adamw
+from numina_finetune.xla.optimizer import make_optimizer, state_spec
 from numina_finetune.xla.placement import Placed, place_model, step_options
 from numina_finetune.xla.runtime import BATCH_SPEC
 from numina_finetune.xla.scopes import named_modules
@@ -87,7 +87,7 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     tensors = _Placeholders()
     model = _model(config, geometry)
     placed = place_model(model, step_options(config, model, shape, device_type="TPU"), mesh, shape, tensors)
-    optimizer = make_adamw(placed, config, tensors)
+    optimizer = make_optimizer(placed, config, tensors)
     rate = placeholder((), torch.float32)
     batches = [
         {name: placeholder((rows, config.max_seq_length), torch.int32) for name in BATCH_NAMES}
@@ -131,7 +131,7 @@ def _state(placed: Placed, optimizer: torch.optim.Optimizer) -> Iterator[_Input]
             yield name, "weights", parameter, placed.specs[name]
     for name, parameter in placed.parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{name}:{key}", "optimizer", value, placed.specs[name] if value.ndim else ()
+            yield f"{name}:{key}", "optimizer", value, state_spec(placed, name, key)
 
 
 def _frozen(placed: Placed) -> Iterator[_Input]:
