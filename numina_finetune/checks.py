@@ -105,6 +105,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "preemption_grace": 0,
         "weight_decay": 0,
         "max_grad_norm": 0,
+        "loss_spike_factor": 0,
         "learning_rate": 0,
         "validation_size": 0,
         "seed": 0,
@@ -144,6 +145,9 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"--dataset-weight is given for {len(weighted)} of {len(config.datasets)} datasets: "
             "give it for each, or for none (then every row is seen once an epoch)"
         )
+    if config.gradient_noise and (config.optim != "adamw" or config.adam_beta1 == 0):
+        which = f"--optim {config.optim}" if config.optim != "adamw" else "--adam-beta1 0"
+        faults.append(f"--gradient-noise is measured with AdamW's first moment, which {which} has not: leave one out")
     if config.lr_scheduler_type == "wsd" and config.warmup_ratio + config.lr_decay_ratio > 1:
         faults.append(
             f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "

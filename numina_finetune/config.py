@@ -175,6 +175,12 @@ class RunConfig:
     adam_beta2: float = option(0.999, "AdamW's second moment decay.", "Optimisation")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", "Optimisation")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm; 0 = never.", "Optimisation")
+    gradient_noise: bool = option(
+        False,
+        "Measure the gradient noise scale: the batch above which more rows a step help less and less.",
+        "Optimisation",
+        identity=False,
+    )
     num_train_epochs: float = option(1.0, "Passes over the data, where --max-steps is not given.", "Optimisation")
     max_steps: int = option(-1, "Optimizer steps in all; overrides --num-train-epochs.", "Optimisation")
     seed: int = option(42, "Seed of data order and random weights.", "Optimisation")
@@ -304,6 +310,12 @@ class RunConfig:
     )
     per_device_eval_batch_size: int = option(
         8, "--eval-samples: problems that a device answers at a time.", "Output", identity=False
+    )
+    loss_spike_factor: float = option(
+        5.0,
+        "A step is reported whose loss or gradient norm is so many standard deviations above the usual; 0 = none is.",
+        "Output",
+        identity=False,
     )
     logging_steps: int = option(10, "Optimizer steps between log lines.", "Output", identity=False)
     profile_steps: str | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from numina_finetune.data.contamination import question_of
 from numina_finetune.data.dataset import build_index, load_contamination, with_format
 from numina_finetune.data.loader import Loader
 from numina_finetune.data.prepare import IndexOptions, Preparation
-from numina_finetune.data.preview import preview, printable
+from numina_finetune.data.preview import packed_samples, preview, printable
 from numina_finetune.data.report import summary_lines, write_report
 from numina_finetune.data.sources import load_rows, preflight, resolve_source
 from numina_finetune.data.token_index import TokenIndex, cap_samples
@@ -62,6 +63,28 @@ def run_preview(config: RunConfig, count: int, *, color: bool, show_ids: bool) -
                 print(f"row {number}: refused: {printable(str(rendered))}\n")
             else:
                 print(preview(rendered, tokenizer, color=color, show_ids=show_ids, number=number) + "\n")
+    return ExitCode.DONE
+
+
+def run_preview_of_run(config: RunConfig, rows: str, *, color: bool, show_ids: bool) -> ExitCode:
+    """Print rows of the batches that a run with these options takes, in its order.
+
+    Args:
+        rows: ``1048-1055`` or one number, counted from the run's start.
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", rows)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    wrong = [] if first <= last else [f"--run-rows {rows!r} is no range of rows: write it as 1048-1055"]
+    _refuse_faults(config, wrong)
+    from numina_finetune.train.preparation import load_data
+
+    tokenizer = load_tokenizer(config)
+    loader = load_data(config, tokenizer).train
+    for number in range(first, last + 1):
+        samples = list(packed_samples(loader.batch(number, 1), 0))
+        print(f"row {number}: samples packed in it: {len(samples)}")
+        for position, sample in enumerate(samples):
+            print(preview(sample, tokenizer, color=color, show_ids=show_ids, number=position) + "\n")
     return ExitCode.DONE
 
 

@@ -192,6 +192,14 @@ def test_the_command_line_takes_a_models_defaults_and_a_file_says_all_itself(tmp
     assert resolved(str(file)).max_seq_length == RunConfig().max_seq_length != 4096
 
 
+def test_the_decay_of_a_schedule_without_one_is_no_identity() -> None:
+    """Runs that began before there was one go on."""
+    assert changed(lr_decay_ratio=0.5).identity() == BASE.identity()
+    assert (
+        changed(lr_scheduler_type="wsd").identity() != changed(lr_scheduler_type="wsd", lr_decay_ratio=0.5).identity()
+    )
+
+
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +209,9 @@ def test_the_command_line_takes_a_models_defaults_and_a_file_says_all_itself(tmp
         ("learning_rate", float("nan")),
         ("learning_rate", -1e-5),
         ("warmup_ratio", 1.5),
+        ("lr_decay_ratio", -0.1),
+        ("loss_spike_factor", -1.0),
+        ("lr_scheduler_type", "polynomial"),
         ("adam_beta2", 1.0),
         ("adam_epsilon", 0.0),
         ("adam_epsilon", float("nan")),
@@ -238,6 +249,21 @@ def test_a_value_out_of_range_is_one_fault_that_names_its_flag(name: str, value:
 def test_an_adapters_value_out_of_range_is_one_fault_that_names_its_flag(name: str, value: Any) -> None:
     (fault,) = config_faults(changed(lora_rank=4, **{name: value}))
     assert "--" + name.replace("_", "-") in fault
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lr_scheduler_type": "wsd", "warmup_ratio": 0.5, "lr_decay_ratio": 0.6}, ["--warmup-ratio 0.5", "0.6"]),
+        ({"gradient_noise": True, "optim": "adafactor"}, ["--gradient-noise", "--optim adafactor"]),
+        ({"gradient_noise": True, "adam_beta1": 0.0}, ["--gradient-noise", "--adam-beta1 0"]),
+    ],
+)
+def test_optimisation_options_that_contradict_one_another_are_one_fault(
+    values: dict[str, Any], said: list[str]
+) -> None:
+    (fault,) = config_faults(changed(**values))
+    assert all(words in fault for words in said)
 
 
 def test_the_defaults_have_no_fault() -> None:

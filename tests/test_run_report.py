@@ -29,10 +29,13 @@ def write_run(folder: Path) -> Path:
         (run / "attempts" / str(life) / "started.json").write_text(json.dumps({"host": "h", "time": began}), "utf-8")
     outcome = {"kind": "done", "saved_step": 6, "reason": "all steps made", "seconds": {"save": 1.0, "restore": 2.0}}
     (run / "attempts/2/outcome.json").write_text(json.dumps({**outcome, "host": "h", "time": 1112.0}), "utf-8")
+    usual = {"usual_loss": 0.75, "usual_grad_norm": 0.9}
+    spike = {"loss": 1.5, "grad_norm": 1.0, **usual, "above": ["loss"], "rows": [1024, 1031]}
     records = [
-        *(step(n, 1) for n in (1, 2, 3)),
+        *(step(n, 1, noise_scale_rows=64.0) for n in (1, 2, 3)),
         {"step": 3, "lost": {"life": 1, "steps": 2, "seconds": 4.0, "time": 1010.0}, "life": 2},
         *(step(4, 2), step(5, 2, applied=False, loss=float("nan"), grad_norm=float("nan")), step(6, 2)),
+        {"step": 2, "spike": spike, "life": 1},
         {"step": 3, "checkpoint": {"stall_seconds": 0.5, "total_seconds": 1.5, "bytes": 10**9}, "life": 1},
         {"step": 6, "eval_loss": 1.25, "eval_tokens": 10, "eval_accuracy": 0.5, "life": 2},
     ]
@@ -65,9 +68,9 @@ def test_lives_are_told_apart_and_lost_work_is_counted(tmp_path: Path) -> None:
 
 def test_the_page_has_every_figure_as_text_and_every_picture_twice(tmp_path: Path) -> None:
     text = page(gather(open_store(write_run(tmp_path))))
-    for shown in ("6 of 6", "1.2500", "50.0%", "28.6%", "3 too long", "2.9.0", "2 (4.0 s)", "abc"):
+    for shown in ("6 of 6", "1.2500", "50.0%", "28.6%", "3 too long", "2.9.0", "2 (4.0 s)", "abc", "1,024 to 1,031"):
         assert shown in text
-    assert text.count("data:image/png;base64,") == 2 * 8, "each for a light and a dark ground"
+    assert text.count("data:image/png;base64,") == 2 * 9, "each for a light and a dark ground"
     assert "<b>tiny" not in text and "&lt;b&gt;tiny" in text, "what comes from outside is text"
 
 

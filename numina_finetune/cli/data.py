@@ -30,12 +30,17 @@ def _check(config: str | None, **given: Any) -> int:
     return int(run_check(_data_config(config, given)))
 
 
-def _preview(config: str | None, rows: int | None, color: bool | None, ids: bool | None, **given: Any) -> int:
+def _preview(
+    config: str | None, rows: int | None, run_rows: str | None, color: bool | None, ids: bool | None, **given: Any
+) -> int:
     """Print the first rows of each dataset as the model will see them; targets are coloured."""
-    from numina_finetune.data_commands import run_preview
+    from numina_finetune.data_commands import run_preview, run_preview_of_run
 
     colored = color if color is not None else sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return int(run_preview(_data_config(config, given), rows or 3, color=colored, show_ids=bool(ids)))
+    resolved = _data_config(config, given)
+    if run_rows is not None:
+        return int(run_preview_of_run(resolved, run_rows, color=colored, show_ids=bool(ids)))
+    return int(run_preview(resolved, rows or 3, color=colored, show_ids=bool(ids)))
 
 
 def _report(config: str | None, report_dir: str | None, **given: Any) -> int:
@@ -57,6 +62,7 @@ def _data_config(yaml_path: str | None, given: dict[str, Any]) -> RunConfig:
 
 _PREVIEW_OPTIONS = (
     parameter("rows", int, "Rows of each dataset. [default: 3]", "Output"),
+    parameter("run_rows", str, "Instead: rows of a run with these options, in its order, such as 1048-1055.", "Output"),
     parameter("color", bool, "Colour the targets; by default where the output is a terminal.", "Output"),
     parameter("ids", bool, "Print the token ids too.", "Output"),
 )

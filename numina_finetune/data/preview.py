@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from numina_finetune.data.chat import Rendered
+from numina_finetune.data.loader import NO_LOSS, Batch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from numina_finetune.data.chat import Rendered
 
 _OPEN, _CLOSE = "⟦", "⟧"
 
@@ -69,6 +72,15 @@ def preview(
             text = "".join(_MARKS.sub(_escaped, text) for text, _ in parts)
             body.append(f"{_OPEN}{text}{_CLOSE}" if supervised else text)
     return f"{_header(rendered, number)}\n{''.join(body)}"
+
+
+def packed_samples(batch: Batch, row: int) -> Iterator[Rendered]:
+    """The samples of a row, apart again; labels stand one position before their token."""
+    ids, segments = batch.input_ids[row], batch.segment_ids[row]
+    is_target = np.concatenate([[False], batch.labels[row, :-1] != NO_LOSS])
+    for segment in range(1, int(segments.max()) + 1):
+        where = segments == segment
+        yield Rendered(ids[where].tolist(), is_target[where].tolist())
 
 
 def printable(text: str) -> str:

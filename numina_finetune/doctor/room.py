@@ -17,10 +17,10 @@ from numina_finetune.errors import ConfigError
 from numina_finetune.models.hub import is_staged
 from numina_finetune.plan.geometry import geometry_of
 
-STATE_BYTES = 12
-"""Of a trained parameter in a checkpoint: fp32 weight and AdamW's two moments."""
-TRAINING_BYTES = 16
-"""Of a trained parameter while training: the same, and its gradient."""
+WEIGHT_BYTES = 4
+"""Of a trained parameter, in fp32, and of its gradient."""
+OPTIMIZER_BYTES = {"adamw": 8, "adafactor": 0}
+"""Of a trained parameter: AdamW's two moments; Adafactor's rows and columns are less than a hundredth of it."""
 STORED_BYTES = 2
 """Of a parameter in bf16, as models are published."""
 
@@ -34,13 +34,16 @@ def check_room(config: RunConfig, machine: Machine = Machine()) -> Iterator[Find
         return
     yield ok("model", f"{config.model_name} has {parameters / 1e9:.2f}B parameters")
     trained = 0 if config.lora_rank else parameters
-    yield from _memory(parameters, trained, machine)
+    yield from _memory(config, parameters, trained, machine)
     if not Path(config.model_name).is_dir() and not is_staged(config.model_name) and parameters > 1e8:
         yield from _disk(
             "hub cache", Path(constants.HF_HUB_CACHE), parameters * STORED_BYTES, "HF_HOME on a larger disk"
         )
     if config.output_dir and not config.output_dir.startswith("gs://"):
-        checkpoints = trained * STATE_BYTES * (config.save_total_limit + 1) + parameters * STORED_BYTES
+        checkpoints = (
+            trained * (WEIGHT_BYTES + OPTIMIZER_BYTES[config.optim]) * (config.save_total_limit + 1)
+            + parameters * STORED_BYTES
+        )
         remedy = "another --output-dir, a smaller --save-total-limit, or gs://"
         yield from _disk("checkpoints", Path(config.output_dir).expanduser(), checkpoints, remedy)
 
@@ -57,8 +60,8 @@ def parameters_of(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _memory(parameters: int, trained: int, machine: Machine) -> Iterator[Finding]:
-    needed = trained * TRAINING_BYTES + (parameters - trained) * STORED_BYTES
+def _memory(config: RunConfig, parameters: int, trained: int, machine: Machine) -> Iterator[Finding]:
+    needed = trained * (2 * WEIGHT_BYTES + OPTIMIZER_BYTES[config.optim]) + (parameters - trained) * STORED_BYTES
     told = f"weights, gradients and optimizer take {needed / GB:.1f} GB"
     if tpu_chips(machine):
         yield note("memory", f"{told}, split over all chips", "numina-finetune plan --tpu TYPE says whether it fits")
@@ -67,7 +70,9 @@ def _memory(parameters: int, trained: int, machine: Machine) -> Iterator[Finding
     free = min((torch.cuda.mem_get_info(number)[0] for number in range(gpus)), default=available_memory())
     where = "a GPU" if gpus else "this machine"
     if needed > free:
-        remedy = "--lora-rank 16, --precision pure-bf16, a smaller model, or a TPU (numina-finetune plan)"
+        remedy = (
+            "--lora-rank 16, --optim adafactor, --precision pure-bf16, a smaller model, or a TPU (numina-finetune plan)"
+        )
         yield fault("memory", f"{told}; {where} has {free / GB:.1f} GB free", remedy)
     else:
         yield ok("memory", f"{told} of {free / GB:.1f} GB free on {where}, activations come on top")

@@ -190,8 +190,8 @@ def _advice_lines(plan: Plan) -> Iterable[str]:
         yield f"advice: of what was compiled, a token costs least with {_flags(cheapest.candidate)}"
     elif cheapest is None:
         yield (
-            "advice: use more chips, a shorter --max-seq-length, or --precision pure-bf16; weights, gradients and "
-            "optimizer are split over fsdp"
+            "advice: use more chips, a shorter --max-seq-length, --optim adafactor, or --precision pure-bf16; weights, "
+            "gradients and optimizer are split over fsdp"
         )
     if findings.unanswered and len(findings.outcomes) > 1:
         yield f"not asked for lack of compilations (--max-compilations): {', '.join(findings.unanswered)}"

@@ -41,7 +41,7 @@ def pictures(run: RunAccount) -> list[Picture]:
             bool(steps),
             "Training loss",
             "Mean over the step's supervised tokens (nats); a colour a life, the strong line their smoothed course, "
-            "squares the evaluation loss.",
+            "squares the evaluation loss, triangles steps whose loss stood out.",
             lambda axes, ink: _loss(axes, run, ink),
         ),
         (
@@ -59,8 +59,14 @@ def pictures(run: RunAccount) -> list[Picture]:
         (
             bool(steps),
             "Gradient norm",
-            "Before clipping; crosses mark steps that were skipped as not finite.",
+            "Before clipping; crosses: steps that were skipped as not finite, triangles: those whose norm stood out.",
             lambda axes, ink: _norm(axes, run),
+        ),
+        (
+            any("noise_scale_rows" in record for record in steps),
+            "Gradient noise scale",
+            "Rows a step above which more of them help less and less (McCandlish et al., 2018), over the last steps.",
+            lambda axes, ink: _curve(axes, steps, "noise_scale_rows"),
         ),
         (
             any("seconds_per_step" in record for record in steps),
@@ -124,6 +130,7 @@ def _loss(axes: Any, run: RunAccount, ink: str) -> None:
     if evaluated:
         values = [record["eval_loss"] for record in evaluated]
         axes.plot(_at(evaluated), values, "s-", color=_ACCENT, markersize=5, label="evaluation")
+    _mark_spikes(axes, run, "loss", "loss")
     axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     axes.legend(loc="upper right", fontsize="small")
 
@@ -150,12 +157,21 @@ def _norm(axes: Any, run: RunAccount) -> None:
     if rows:
         axes.plot(_thin(_at(rows)), _thin([record["grad_norm"] for record in rows]), color=_CURVE, linewidth=1.0)
         axes.set_yscale("log")
+    _mark_spikes(axes, run, "gradient norm", "grad_norm")
     for place, step in enumerate(run.skipped):
         label = f"{len(run.skipped)} skipped" if place == 0 else None
         axes.plot([step], [0.03], "x", color=_ACCENT, transform=axes.get_xaxis_transform(), label=label)
-    if run.skipped:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper right", fontsize="small")
     axes.set(xlabel="optimizer step", ylabel="global norm")
+
+
+def _mark_spikes(axes: Any, run: RunAccount, what: str, name: str) -> None:
+    """Triangles at the steps that stood out by ``what``, whose value their records call ``name``."""
+    found = [record for record in run.metrics.spikes if what in record["spike"]["above"]]
+    if found:
+        values = [record["spike"][name] for record in found]
+        axes.plot(_at(found), values, "v", color=_ACCENT, markersize=5, label=f"{len(found)} stood out")
 
 
 def _step_time(axes: Any, steps: Sequence[Record], ink: str) -> None:

@@ -79,11 +79,15 @@ def _facts(run: RunAccount, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("goodput", f"{run.goodput:.1%}"))
     if steps:
         facts.append(("steps skipped as not finite", str(len(run.skipped))))
+        facts.append(("steps that stood out", str(len(metrics.spikes))))
+    scales = [record["noise_scale_rows"] for record in steps if "noise_scale_rows" in record]
+    if scales:
+        facts.append(("gradient noise scale, rows", f"{scales[-1]:,.0f}"))
     return facts
 
 
 def _tables(run: RunAccount) -> list[Table]:
-    return [_lives(run), _evaluations(run), _checkpoints(run), _data(run), _versions(run.record)]
+    return [_lives(run), _evaluations(run), _spikes(run), _checkpoints(run), _data(run), _versions(run.record)]
 
 
 def _lives(run: RunAccount) -> Table:
@@ -120,6 +124,26 @@ def _evaluations(run: RunAccount) -> Table:
     rows = [(str(record["step"]), *(_number(record.get(name)) for name in there)) for record in run.metrics.evaluations]
     head = ("step", *(name.removeprefix("eval_").replace("_", " ") for name in there))
     return Table("Evaluations", head, rows, numbers=range(len(head)))
+
+
+def _spikes(run: RunAccount) -> Table:
+    names = ("loss", "usual_loss", "grad_norm", "usual_grad_norm")
+    rows = [
+        (
+            str(record["step"]),
+            *(f"{record['spike'][name]:.4g}" for name in names),
+            " and ".join(record["spike"]["above"]),
+            " to ".join(f"{row:,}" for row in record["spike"]["rows"]),
+        )
+        for record in run.metrics.spikes
+    ]
+    return Table(
+        "Steps that stood out",
+        ("step", "loss", "usual", "gradient norm", "usual", "far above it", "rows of the data"),
+        rows,
+        numbers=range(5),
+        caption="Usual: the median of the steps before. Rows are counted from 0, from the start of the run.",
+    )
 
 
 def _checkpoints(run: RunAccount) -> Table:

@@ -108,7 +108,7 @@ class NativeBackend:
             self._optimizer = make_optimizer(self._parameters, config, fused=True)
             if self._sharded is None:
                 self._module = self.accelerator.prepare(self._module)
-        self._max_grad_norm = config.max_grad_norm
+        self._max_grad_norm, self._gradient_noise = config.max_grad_norm, config.gradient_noise
         self._copies.reserve(self._snapshots.pieces(self._state()))
 
     def put_batch(self, rows: Batch) -> DeviceBatch:
@@ -127,6 +127,7 @@ class NativeBackend:
                 reduce=self._sum_over_processes,
                 gradient_scale=1.0 if self._sharded else float(self.process_count),  # DDP gives means
                 foreach=None,
+                measured=self._optimizer if self._gradient_noise else None,
             )
 
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:

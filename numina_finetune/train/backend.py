@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from numina_finetune.train.speed import Chips
 DeviceBatch = Mapping[str, torch.Tensor]
 """``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
 DeviceMetrics = torch.Tensor
-"""fp32 ``[5 or 6]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made, and
-where experts take a limited number of tokens, the share of assignments that were dropped."""
+"""fp32 ``[7 or 8]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made, what
+:func:`numina_finetune.train.noise.signal_and_noise` gives or NaN, and where experts take a limited number of tokens,
+the share of assignments that were dropped."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class StepMetrics:
     """Tokens that are not padding."""
     applied: bool
     """False where a non-finite loss or gradient made the device skip the update."""
+    signal: float | None = None
+    """|G|², the true gradient's squared norm as this step alone shows it; None where it is not measured."""
+    noise: float | None = None
+    """The variance of this step's gradient around it."""
     dropped_share: float | None = None
     """Of the assignments of tokens to experts; None where none can be dropped."""
 
@@ -151,10 +157,14 @@ class Backend(Protocol):
 
 
 def metrics_from_rows(rows: torch.Tensor) -> list[StepMetrics]:
-    """``[steps, 5 or 6]`` on the host to one record a step."""
+    """``[steps, 7 or 8]`` on the host to one record a step."""
     return [
-        StepMetrics(loss, norm, int(supervised), int(tokens), bool(applied), *dropped)
-        for loss, norm, supervised, tokens, applied, *dropped in rows.tolist()
+        StepMetrics(
+            *(loss, norm, int(supervised), int(tokens), bool(applied)),
+            *((signal, noise) if applied and math.isfinite(signal + noise) else (None, None)),
+            *dropped,
+        )
+        for loss, norm, supervised, tokens, applied, signal, noise, *dropped in rows.tolist()
     ]
 
 

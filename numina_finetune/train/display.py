@@ -15,6 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 _REFRESHES_PER_SECOND = 2.0
+OPTIONAL_FIGURES = {
+    "mfu": "mfu {:.1%}",
+    "dropped_share": "dropped {:.2%}",
+    "noise_scale_rows": "noise scale {:.0f} rows",
+}
+"""Of a step, where they are known: key of its record, and how it is shown."""
 
 
 class Display:
@@ -74,8 +80,7 @@ class Display:
             ("loss", "loss {:.4f}"),
             ("learning_rate", "lr {:.2e}"),
             ("tokens_per_second", "{:,.0f} tokens/s"),
-            ("mfu", "mfu {:.1%}"),
-            ("dropped_share", "dropped {:.2%}"),
+            *OPTIONAL_FIGURES.items(),
         ):
             if name in figures:
                 yield form.format(figures[name])

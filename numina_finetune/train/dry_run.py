@@ -13,10 +13,9 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from numina_finetune.config import RunConfig
-from numina_finetune.data.chat import Rendered
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.loader import NO_LOSS, Batch, supervised_tokens
-from numina_finetune.data.preview import preview
+from numina_finetune.data.preview import packed_samples, preview
 from numina_finetune.data.report import summary_lines
 from numina_finetune.errors import ExitCode
 from numina_finetune.files import user_cache
@@ -107,7 +106,7 @@ def configuration_lines(config: RunConfig, origins: Mapping[str, str]) -> Iterat
 def batch_lines(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """A batch as the model sees it: of its first row the first samples in full, of the others their sizes."""
     for row in range(min(len(batch.input_ids), ROWS_SHOWN)):
-        samples = list(_samples(batch, row))
+        samples = list(packed_samples(batch, row))
         tokens = sum(len(sample.input_ids) for sample in samples)
         targets = int(np.count_nonzero(batch.labels[row] != NO_LOSS))
         yield (
@@ -143,15 +142,6 @@ def place_lines(config: RunConfig, place: RunPlace) -> Iterator[str]:
         yield f"TensorBoard: {place.url}/{TENSORBOARD}"
     if "wandb" in config.trackers:
         yield f"wandb: project {wandb_project(config)}"
-
-
-def _samples(batch: Batch, row: int) -> Iterator[Rendered]:
-    """The samples of a row, apart again; labels stand one position before their token."""
-    ids, segments = batch.input_ids[row], batch.segment_ids[row]
-    is_target = np.concatenate([[False], batch.labels[row, :-1] != NO_LOSS])
-    for segment in range(1, int(segments.max()) + 1):
-        where = segments == segment
-        yield Rendered(ids[where].tolist(), is_target[where].tolist())
 
 
 def _first_batch(data: Data, plan: Plan) -> Batch:

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from numina_finetune.config import RunConfig
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.precision import COMPUTE_DTYPES, WEIGHT_DTYPES
+from numina_finetune.train.optim import state_bytes
 
 GB = 1e9
-MOMENTS = {"adamw": 2}
-"""Values that an optimizer keeps of each trained one, in the weights' type."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,21 @@ class Estimate:
     frozen: int
     weights: float
     gradients: float
-    optimizer: float | None
-    """None where it is not known how much the optimizer keeps."""
+    optimizer: float
     saved: float
     """What the way back needs of the way forward, with ``--remat full``."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + (self.optimizer or 0.0) + self.saved
+        return self.weights + self.gradients + self.optimizer + self.saved
 
     def lines(self, remat: str) -> Iterator[str]:
         """For a person."""
         frozen = f", {self.frozen:,} frozen" if self.frozen else ""
         yield f"{self.trained:,} parameters are trained{frozen}; a device holds at least {self.total / GB:.3g} GB:"
-        optimizer = "not known here" if self.optimizer is None else f"{self.optimizer / GB:.3g} GB"
         yield (
-            f"weights {self.weights / GB:.3g} GB, gradients {self.gradients / GB:.3g} GB, optimizer {optimizer}, "
-            f"layers' inputs {self.saved / GB:.3g} GB"
+            f"weights {self.weights / GB:.3g} GB, gradients {self.gradients / GB:.3g} GB, "
+            f"optimizer {self.optimizer / GB:.3g} GB, layers' inputs {self.saved / GB:.3g} GB"
         )
         more = "" if remat == "full" else f"what --remat {remat} keeps, "
         yield (
@@ -64,9 +61,8 @@ def estimate(model: PreTrainedModel, config: RunConfig, rows: int, mesh: MeshSha
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.numel()
     parts = mesh.shards * mesh.tensor
-    stored, computed = WEIGHT_DTYPES[config.precision].itemsize, COMPUTE_DTYPES[config.precision].itemsize
-    trained = sizes[True] * stored / parts
-    moments = MOMENTS.get(config.optim)
+    stored, computed = WEIGHT_DTYPES[config.precision], COMPUTE_DTYPES[config.precision].itemsize
+    trained = sizes[True] * stored.itemsize / parts
     shape = model.config
     saved = math.prod((shape.num_hidden_layers, rows, config.max_seq_length, shape.hidden_size, computed))
     return Estimate(
@@ -74,6 +70,6 @@ def estimate(model: PreTrainedModel, config: RunConfig, rows: int, mesh: MeshSha
         frozen=sizes[False],
         weights=trained + sizes[False] * computed / parts,
         gradients=trained,
-        optimizer=None if moments is None else moments * trained,
+        optimizer=state_bytes(dict(model.named_parameters()), config, stored) / parts,
         saved=saved / mesh.tensor,
     )

@@ -1,8 +1,9 @@
 """What ``metrics.jsonl`` says: the steps that count, evaluations, checkpoints, and the work that was lost.
 
 One object a line; each has the optimizer ``step`` after which it was written and the number of the ``life`` that wrote
-it. Besides, a step has ``loss`` and its figures, an evaluation ``eval_…``, a saved checkpoint ``checkpoint``, and the
-start of a life that makes steps again ``lost``: for an earlier life how many, how long they took, and when they ended.
+it. Besides, a step has ``loss`` and its figures, one that stood out ``spike`` in a record of its own, an evaluation
+``eval_…``, a saved checkpoint ``checkpoint``, and the start of a life that makes steps again ``lost``: for an earlier
+life how many, how long they took, and when they ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Metrics:
     """Those that count: a step made again counts for the life that made it last."""
     evaluations: Sequence[Record] = ()
     """Of each evaluated step the last one."""
+    spikes: Sequence[Record] = ()
+    """Beside the records of the same steps: what was usual then, and which rows the step took."""
     checkpoints: Sequence[Record] = ()
     lost: Sequence[Record] = ()
     torn: int = 0
@@ -34,6 +37,7 @@ def parse_metrics(text: str) -> Metrics:
     """Read the content of ``metrics.jsonl``, which may be growing."""
     steps: dict[int, Record] = {}
     evaluations: dict[int, Record] = {}
+    spikes: dict[int, Record] = {}
     checkpoints: list[Record] = []
     lost: list[Record] = []
     torn = 0
@@ -48,6 +52,8 @@ def parse_metrics(text: str) -> Metrics:
             steps[step] = record
         elif is_evaluation(record):
             evaluations[step] = {**evaluations.get(step, {}), **record}
+        elif "spike" in record:
+            spikes[step] = record
         elif "checkpoint" in record:
             checkpoints.append(record)
         elif "lost" in record:
@@ -55,6 +61,7 @@ def parse_metrics(text: str) -> Metrics:
     return Metrics(
         [steps[step] for step in sorted(steps)],
         [evaluations[step] for step in sorted(evaluations)],
+        [spikes[step] for step in sorted(spikes)],
         sorted(checkpoints, key=lambda record: int(record["step"])),
         lost,
         torn,

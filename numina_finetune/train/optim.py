@@ -107,6 +107,20 @@ def make_optimizer(
     return optimizer
 
 
+def state_bytes(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, dtype: torch.dtype) -> int:
+    """Bytes of the optimizer's state over all devices, reckoned from shapes.
+
+    Args:
+        dtype: in which the parameters are trained.
+    """
+    shapes = {
+        name: torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="meta"), parameter.requires_grad)
+        for name, parameter in parameters.items()
+    }
+    states = make_optimizer(shapes, config).state.values()
+    return sum(tensor.nbytes for state in states for tensor in state.values())
+
+
 def kept_dims(key: str, ndim: int) -> tuple[int, ...]:
     """Which of a parameter's ``ndim`` dimensions the tensor ``key`` of its optimizer state has."""
     every = tuple(range(ndim))

@@ -56,7 +56,7 @@ def prepare(
     config: RunConfig, backend: Backend, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any] | None
 ) -> tuple[Data, Plan]:
     """The tokenised data, and what is to be done with it on this mesh."""
-    data = _load(config, tokenizer)
+    data = load_data(config, tokenizer)
     batch = plan_batch(config, backend.data_parallel_size, record["global_batch_size"] if record else None)
     if record and batch.accumulation != config.gradient_accumulation_steps and config.global_batch_size is None:
         say(backend, f"accumulation is {batch.accumulation} here, to keep the run's {batch.global_batch} rows a step")
@@ -65,7 +65,8 @@ def prepare(
     return data, Plan(batch, plan_steps(config, rows, batch.global_batch), total_rows)
 
 
-def _load(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The tokenised data in the order in which the run takes it."""
     index = _index(config, config.datasets, tokenizer)
     index = cap_samples(index, [source.max_samples for source in config.datasets], config.seed)
     held_out: TokenIndex | None = None

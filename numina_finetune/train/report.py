@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from numina_finetune import storage
 from numina_finetune.checkpoint.manager import Saved
 from numina_finetune.train.backend import StepMetrics
-from numina_finetune.train.display import Display, clock
+from numina_finetune.train.curves import Curves
+from numina_finetune.train.display import OPTIONAL_FIGURES, Display, clock
 from numina_finetune.train.metrics import Record, is_evaluation, life_of, parse_metrics, productive_seconds
 from numina_finetune.train.place import METRICS
 from numina_finetune.train.speed import Chips, Seconds, TokenFlops, utilisation
@@ -39,12 +40,15 @@ class Report:
         committed: Callable[[], int | None],
         flops: TokenFlops,
         chips: Chips,
+        rows_per_step: int,
+        spike_factor: float,
     ) -> None:
         """The account of one life.
 
         Args:
             began: when it did, by the monotonic clock.
             committed: tells the step of the newest checkpoint.
+            spike_factor: see :class:`numina_finetune.train.spikes.SpikeWatch`.
         """
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
@@ -52,20 +56,28 @@ class Report:
         self._flops, self._chips = flops, chips
         self._began, self._since, self._committed = began, time.monotonic(), committed
         self._step_seconds: list[float] = []
+        self._rows_per_step, self._curves = rows_per_step, Curves(rows_per_step, spike_factor)
         self._display = Display(step, total_steps) if active and sys.stdout.isatty() else None
-        if active and (lost := _keep_records_up_to(self._path, step, life)):
-            self._write(*lost)
+        if active:
+            lost = _keep_records_up_to(self._path, step, life)
+            if self._path.is_file():
+                self._curves.resume(parse_metrics(self._path.read_text(encoding="utf-8")))
+            if lost:
+                self._write(*lost)
 
     def advance(self) -> None:
         """One optimizer step was dispatched."""
         if self._display:
             self._display.advance(self._committed())
 
-    def log(self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float], spent: Seconds) -> None:
+    def log(
+        self, metrics: Sequence[StepMetrics], learning_rates: Sequence[float], spent: Seconds, *, rows: int
+    ) -> None:
         """Record the steps since the last log line; they have just been read, so the clock is true.
 
         Args:
             spent: on all of them.
+            rows: that the run has taken by now.
         """
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
@@ -87,12 +99,17 @@ class Report:
             records.append(_record(self._step, metric, learning_rate, speed, self._life))
         if not self._active:
             return
+        records, spikes = self._follow(records, rows)
         self._write(*records)
         for record in records:
             numbers = {key: value for key, value in record.items() if key not in ("step", "life", "time")}
             self._accelerator.log(numbers, step=record["step"])
         self._step_seconds += [speed["seconds_per_step"]] * count
-        self._show(metrics[-1], learning_rates[-1], speed)
+        self._show(records[-1])
+        if spikes:
+            self._write(*spikes)
+        for line in filter(None, map(self._curves.told, spikes)):
+            self._say(line)
 
     def log_evaluation(self, step: int, figures: Mapping[str, float], line: str) -> None:
         """Record what the evaluation after ``step`` found.
@@ -119,6 +136,16 @@ class Report:
     def close(self) -> None:
         if self._display:
             self._display.close()
+        if self._curves.summary:
+            self._say(self._curves.summary)
+
+    def _follow(self, records: Sequence[Record], rows: int) -> tuple[list[Record], list[Record]]:
+        """The steps' records with what follows from those before them, and records of steps that stand out."""
+        first = rows - len(records) * self._rows_per_step
+        found = [
+            self._curves.take(record, first + number * self._rows_per_step) for number, record in enumerate(records)
+        ]
+        return [record for record, _ in found], [spike for _, spike in found if spike]
 
     def _write(self, *records: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -126,16 +153,15 @@ class Report:
         if self._display and records:
             self._display.show(records[-1])
 
-    def _show(self, metric: StepMetrics, learning_rate: float, speed: Mapping[str, float]) -> None:
-        rate, left = speed["tokens_per_second"], speed["seconds_per_step"] * (self._total - self._step)
-        used = f"  mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
-        dropped = "" if metric.dropped_share is None else f"  dropped {metric.dropped_share:.2%}"
+    def _show(self, record: Record) -> None:
+        rate, left = record["tokens_per_second"], record["seconds_per_step"] * (self._total - self._step)
+        more = [form.format(record[name]) for name, form in OPTIONAL_FIGURES.items() if name in record]
         if self._display:
             self._display.goodput = productive_seconds(self._step_seconds) / max(time.monotonic() - self._began, 1e-9)
             return
         self._say(
-            f"step {self._step}/{self._total}  loss {metric.loss:.4f}  lr {learning_rate:.2e}  "
-            f"{rate:.0f} tokens/s{used}{dropped}  {clock(left)} left"
+            f"step {self._step}/{self._total}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+            + "  ".join([f"{rate:.0f} tokens/s", *more, f"{clock(left)} left"])
         )
 
     def _say(self, line: str) -> None:
@@ -151,6 +177,7 @@ def _record(step: int, metric: StepMetrics, learning_rate: float, speed: Mapping
         "supervised_tokens": metric.supervised,
         "tokens": metric.tokens,
         **({} if metric.dropped_share is None else {"dropped_share": metric.dropped_share}),
+        **({} if metric.noise is None else {"gradient_signal": metric.signal, "gradient_noise": metric.noise}),
         **speed,
         "applied": metric.applied,
         "time": round(time.time(), 3),

@@ -241,6 +241,8 @@ class _Life:
             committed=lambda: checkpoints.newest_committed,
             flops=flops,
             chips=backend.chips,
+            rows_per_step=plan.batch.global_batch,
+            spike_factor=config.loss_spike_factor,
         )
         trainer = Trainer(
             config,

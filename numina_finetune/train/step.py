@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from numina_finetune.data.loader import NO_LOSS
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
+from numina_finetune.train.noise import signal_and_noise
 
 
 def optimizer_step(
@@ -21,6 +23,7 @@ def optimizer_step(
     reduce: Callable[[torch.Tensor], torch.Tensor],
     gradient_scale: float,
     foreach: bool | None,
+    measured: torch.optim.Optimizer | None = None,
 ) -> DeviceMetrics:
     """Forward, backward and update over the micro-batches of one optimizer step.
 
@@ -35,6 +38,7 @@ def optimizer_step(
         reduce: sum over processes; the identity where one program spans all devices.
         gradient_scale: undoes the averaging of gradients over processes.
         foreach: fused gradient norm; False where the device library cannot.
+        measured: the AdamW that ``update`` steps, where the gradient noise is to be measured.
 
     Returns:
         See :data:`~numina_finetune.train.backend.DeviceMetrics`.
@@ -46,16 +50,25 @@ def optimizer_step(
     loss = reduce(backward(gradient_scale / divisor)) / divisor
 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
-    if isinstance(norm, DTensor):  # gradients that are split over processes: each knows the norm of its part
-        norm = norm.full_tensor()
+    norm = total_norm(gradients, foreach)
     applied = torch.isfinite(norm) & torch.isfinite(loss)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)
     update(applied)
     for parameter in parameters:
         parameter.grad = None
-    return torch.stack([loss, norm.float(), supervised, tokens, applied.float()])
+    if measured is None:
+        parts = loss.new_full((2,), torch.nan)
+    else:
+        clipped = norm if max_grad_norm == 0 else torch.clamp(norm, max=max_grad_norm)
+        parts = signal_and_noise(measured, clipped, partial(total_norm, foreach=foreach))
+    return torch.cat([torch.stack([loss, norm.float(), supervised, tokens, applied.float()]), parts])
+
+
+def total_norm(tensors: list[torch.Tensor], foreach: bool | None) -> torch.Tensor:
+    """The norm of all of them as one vector, a scalar; of sharded ones (DTensors) over all processes."""
+    norm = torch.nn.utils.get_total_norm(tensors, foreach=foreach)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _count(masks: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -135,7 +135,8 @@ class Trainer:
         metrics = self._backend.read([device for device, _ in self._pending])
         self._spent.wait += time.monotonic() - begun
         self._progress.tokens += sum(metric.tokens for metric in metrics)
-        self._report.log(metrics, [rate for _, rate in self._pending], self._spent)
+        rates = [rate for _, rate in self._pending]
+        self._report.log(metrics, rates, self._spent, rows=self._progress.rows)
         self._spent = Seconds()
         self._pending.clear()
         for metric in metrics:

@@ -86,7 +86,7 @@ class XlaBackend:
         if trained:
             self._micro_batches = MicroBatches(self._placed)
             self._optimizer = make_optimizer(self._placed, config, tensors)
-        self._max_grad_norm = config.max_grad_norm
+        self._max_grad_norm, self._gradient_noise = config.max_grad_norm, config.gradient_noise
         torch_xla.sync()
         self._traffic.leave_out()
 
@@ -107,6 +107,7 @@ class XlaBackend:
             batches,
             rate,
             max_grad_norm=self._max_grad_norm,
+            gradient_noise=self._gradient_noise,
         )
         torch_xla.sync()
         self._traffic.count_step()

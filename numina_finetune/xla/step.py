@@ -22,6 +22,7 @@ def train_step(
     learning_rate: torch.Tensor,
     *,
     max_grad_norm: float,
+    gradient_noise: bool,
 ) -> DeviceMetrics:
     """Forward, backward and update, traced and not run.
 
@@ -50,6 +51,7 @@ def train_step(
         reduce=lambda value: value,
         gradient_scale=1.0,
         foreach=False,
+        measured=optimizer if gradient_noise else None,
     )
     return torch.cat([metrics, *_dropped_share(counted)])
 

@@ -114,7 +114,11 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     ]
     with named_modules(placed.module):
         micro_batches = MicroBatches(placed)
-        metrics = train_step(placed, micro_batches, optimizer, batches, rate, max_grad_norm=config.max_grad_norm)
+        metrics = train_step(
+            *(placed, micro_batches, optimizer, batches, rate),
+            max_grad_norm=config.max_grad_norm,
+            gradient_noise=config.gradient_noise,
+        )
     outputs = [metrics, *(_as_given(placed, tensor, spec) for _, _, tensor, spec in _state(placed, optimizer))]
     donated = {number: number + 1 for number in range(len(updated))}
     return stablehlo(inputs, outputs, [argument.sharding for argument in arguments], donated), arguments

@@ -70,3 +70,10 @@ def test_several_slices_compile_as_such() -> None:
     told = json.loads(out)
     assert (told["chips"], told["slices"]) == (16, 2)
     assert told["collective_bytes"] > 0
+
+
+def test_a_step_with_adafactor_compiles_with_a_fraction_of_adamws_state() -> None:
+    code, out, err = plan("--per-device-train-batch-size", "2", "--optim", "adafactor", "--json")
+    assert code == 0, err
+    kinds = json.loads(out)["hbm_by_kind"]
+    assert 0 < kinds["optimizer"] < kinds["weights"] / 5
