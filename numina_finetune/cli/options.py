@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any
 
 import typer
