@@ -75,10 +75,13 @@ class RunPlace:
         if self.is_local:
             yield self.folder / name
             return
+        from numina_finetune.models.staged import STAGED
+
         stored = open_store(f"{self.url}/{name}")
         with TemporaryDirectory(prefix="numina-export-") as scratch:
             for file in stored.names():
-                stored.download(file, Path(scratch) / file)
+                if file != STAGED:  # the bucket's own, no part of the model
+                    stored.download(file, Path(scratch) / file)
             yield Path(scratch)
 
     def publish_exported(self, name: str) -> None:
