@@ -6,7 +6,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numina_finetune.config import RunConfig
 from numina_finetune.plan.roofline import Bound
@@ -98,31 +98,8 @@ def dataset_rows(config: RunConfig) -> int:
         UserError: the datasets cannot be trained on.
         OSError, ValueError: they cannot be read here and now.
     """
-    from numina_finetune.data.dataset import build_index
-    from numina_finetune.data.loader import Loader
-    from numina_finetune.data.prepare import IndexOptions
-    from numina_finetune.data.token_index import cap_samples, split_validation
     from numina_finetune.models.tokenizer import load_tokenizer
+    from numina_finetune.train.preparation import load_data
 
-    tokenizer = load_tokenizer(config)
-    index = build_index(
-        config.datasets,
-        tokenizer,
-        IndexOptions.of(config),
-        config.token_cache,
-        workers=config.preprocessing_num_workers,
-        streaming=config.streaming,
-    )
-    index = cap_samples(index, [source.max_samples for source in config.datasets], config.seed)
-    if config.validation_size:
-        index, _ = split_validation(index, config.validation_size, config.seed)
-    weights = [source.weight for source in config.datasets if source.weight is not None]
-    loader = Loader(
-        index,
-        seq_len=config.max_seq_length,
-        packing=config.packing,
-        seed=config.seed,
-        pad_id=int(tokenizer.pad_token_id),
-        weights=weights or None,
-    )
-    return int(loader.rows_for_epochs(config.num_train_epochs))
+    data = load_data(replace(config, eval_dataset_name=None), load_tokenizer(config))
+    return int(data.train.rows_for_epochs(config.num_train_epochs))
