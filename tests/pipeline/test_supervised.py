@@ -100,6 +100,7 @@ def test_a_pipeline_that_loses_its_machines_goes_on_and_is_done_once(tmp_path: P
             notice_seconds=30.0,
             poll_seconds=0.3,
             grace_seconds=6.0,
+            stall_seconds=900.0,  # two commands begin before the first step
             fits=[{**service.environment, "ACCELERATE_USE_CPU": "1"}],
             service=service,
         )

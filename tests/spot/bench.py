@@ -58,6 +58,7 @@ class Bench:
     notice_seconds: float = 1.5
     poll_seconds: float = 0.1
     grace_seconds: float = 1.0
+    stall_seconds: float = 120.0
     fits: Sequence[Mapping[str, str]] = ({},)
     service: Gcs | None = None
 
@@ -81,7 +82,7 @@ class Bench:
             [Target(self.accelerator, zone) for zone in self.zones],
             poll_seconds=self.poll_seconds,
             grace_seconds=self.grace_seconds,
-            stall_seconds=120.0,
+            stall_seconds=self.stall_seconds,
             stop_seconds=60.0,
             backoff_seconds=0.1,
         )
