@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from numina_finetune import cli
 from numina_finetune.checkpoint.reading import committed
 from numina_finetune.config import RunConfig
+from numina_finetune.data.loader import Batch
 from numina_finetune.errors import ConfigError
 from numina_finetune.models.attention import SEGMENT_ATTENTION
 from numina_finetune.models.builtin import TINY_TOKENIZER
@@ -119,9 +120,9 @@ def test_frozen_weights_are_bf16_and_only_adapters_have_moments(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     backend = NativeBackend(config)
     backend.place(model, config)
-    rows = {name: tensor[:2, :32] for name, tensor in packed_rows().items()}
+    rows = Batch(**{name: tensor[:2, :32].int().numpy() for name, tensor in packed_rows().items()})
     for _ in range(2):
-        backend.step([rows], 1e-2)
+        backend.step([backend.put_batch(rows)], 1e-2)
     moments = [state["exp_avg"] for state in backend._optimizer.state.values()]
     adapters = {name for name in before if "lora_" in name}
     assert len(moments) == len(adapters) and {moment.dtype for moment in moments} == {trained}
