@@ -174,7 +174,7 @@ class Prepare(_Configured):
     own = ("cache_dir",)
     takes: ClassVar[Sequence[str]] = (
         *(f.name for f in fields(RunConfig) if f.metadata.get("group") == "Data"),
-        *("datasets", "model_name", "model_revision", "tokenizer_name", "seed"),
+        *("datasets", "model_name", "model_revision", "tokenizer_name", "trust_remote_code", "seed"),
     )
 
     @classmethod
@@ -291,6 +291,10 @@ class Export(Work):
     step: str = "newest"
     dtype: str | None = None
     lora_export: str | None = None
+    trust_remote_code: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any], location: Location, where: str) -> Work:
@@ -314,7 +318,10 @@ class Export(Work):
         return [*found, *choice_faults(self, allowed)]
 
     def library_faults(self) -> list[str]:
-        return []
+        from numina_finetune.models.push import PushOptions
+
+        named = self.run.rstrip("/").rpartition("/")[2]
+        return PushOptions(self.push_to_hub, self.hub_model_id, self.hub_private).faults(named)
 
     def words(self, scratch: Path) -> list[str]:
         return ["export", self.run, *words_of(replace(self, run=""))]

@@ -145,7 +145,7 @@ def test_all_that_is_wrong_with_all_steps_is_told_before_the_first_one_begins(
 def test_what_only_the_libraries_can_see_is_told_too_of_models_that_are_not_there_yet(
     written: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], native_here: None
 ) -> None:
-    text = TINY.replace("dtype: bf16", "dtype: int4")
+    text = TINY.replace("dtype: bf16", "dtype: int4, push_to_hub: true, hub_model_id: a/b/c")
     text += (
         '  - {name: tir, kind: train, options: {model_name: "${cot.model}", mesh: fsdp=3, lora_rank: 4, '
         "lora_targets: nothing_proj, backend: xla, datasets: [{name: no.jsonl}]}}\n"
@@ -156,6 +156,7 @@ def test_what_only_the_libraries_can_see_is_told_too_of_models_that_are_not_ther
     said = capsys.readouterr().err
     for part in (
         "step export: --dtype 'int4' is unknown",
+        "step export: --hub-model-id 'a/b/c' cannot name a model",
         "step tir: --lora-targets",
         "step tir: --dataset-name no.jsonl does not exist",
         "step answers: --task no.jsonl does not exist",
