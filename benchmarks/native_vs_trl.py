@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 3
 SIDES = ("ours", "ours-compiled", "trl", "trl-chunked")
 
 
@@ -56,11 +55,12 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset-name", default="synthetic-gsm8k", help="Rows of questions and answers.")
-    parser.add_argument("--tokenizer-name", help="Folder or hub name; the embedded one if unset.")
+    parser.add_argument("--tokenizer-name", help="Folder or hub name; one trained on the dataset if unset.")
     parser.add_argument("--layout", nargs="+", default=["packed", "unpacked"], choices=["packed", "unpacked"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--side", nargs="+", default=[side for side in SIDES if side != "ours-compiled"], choices=SIDES)
     parser.add_argument("--steps", type=int, default=12, help="Measured steps.")
+    parser.add_argument("--warm-up", type=int, default=3, help="Steps before them.")
     parser.add_argument("--rounds", type=int, default=2, help="Each side in turn so often; its best counts.")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-seq-length", type=int, default=512)
@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="At least; a larger tokenizer's counts.")
+    parser.add_argument(
+        "--vocabulary", type=int, default=8192, help="Of the trained tokenizer, and of the model at least."
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -109,7 +111,7 @@ def _table(arguments: argparse.Namespace) -> None:
             f"| {result.tokens / result.slots:.1%} | {result.peak_mb:.0f} | {result.loss:.3f} "
             f"| {f'{rate / max(peers):.2f}' if peers else ''} |"
         )
-    print("Seconds are CPU seconds, or seconds on a GPU; TRL's is the faster of its losses.")
+    print("Seconds are CPU seconds, or seconds on a GPU; the last column: tokens/s over the faster of TRL's losses.")
 
 
 def _run(case: Case) -> Result:
@@ -133,8 +135,8 @@ def _argument(name: str, default: str) -> str:
 class _Marks:
     """What a side had done and spent when each of its steps began."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, warm_up: int, steps: int) -> None:
+        self._measured = slice(warm_up, warm_up + steps)
         self._begun: list[float] = []
         self._work: list[tuple[int, int, int]] = []
         self.peak_mb = 0.0
@@ -142,17 +144,16 @@ class _Marks:
     def begin(self, tokens: int, supervised: int, slots: int) -> None:
         self._begun.append(_seconds())
         self._work.append((tokens, supervised, slots))
-        if len(self._begun) == WARM_UP + self._steps + 1:
+        if len(self._begun) == self._measured.stop + 1:
             self.peak_mb = _peak_mb()
 
     def result(self, loss: float) -> Result:
-        measured = slice(WARM_UP, WARM_UP + self._steps)
-        tokens, supervised, slots = map(sum, zip(*self._work[measured], strict=True))
+        tokens, supervised, slots = map(sum, zip(*self._work[self._measured], strict=True))
         return Result(
             tokens,
             supervised,
             slots,
-            seconds=self._begun[WARM_UP + self._steps] - self._begun[WARM_UP],
+            seconds=self._begun[self._measured.stop] - self._begun[self._measured.start],
             peak_mb=self.peak_mb,
             loss=loss,
         )
@@ -180,8 +181,8 @@ def _peak_mb() -> float:
 def _measure(case: Case, arguments: argparse.Namespace, folder: Path) -> Result:
     model = folder / "model"
     _save_model(model, arguments)
-    marks = _Marks(arguments.steps)
-    steps = WARM_UP + arguments.steps + 1
+    marks = _Marks(arguments.warm_up, arguments.steps)
+    steps = arguments.warm_up + arguments.steps + 1
     side = _ours if case.side.startswith("ours") else _trl
     return marks.result(side(case, arguments, folder, steps, marks))
 
@@ -190,9 +191,16 @@ def _save_model(folder: Path, arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+    from numina_finetune.config import SourceConfig
+    from numina_finetune.data import format_example
+    from numina_finetune.data.sources import load_rows
     from numina_finetune.models.builtin import TINY_TOKENIZER
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or str(TINY_TOKENIZER))
+    if not arguments.tokenizer_name:
+        rows = load_rows(SourceConfig(arguments.dataset_name))
+        texts = (message["content"] for row in rows for message in format_example(row)["messages"])
+        tokenizer = tokenizer.train_new_from_iterator(texts, arguments.vocabulary, show_progress=False)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=-(-max(arguments.vocabulary, len(tokenizer)) // 64) * 64,
@@ -217,11 +225,11 @@ def _ours(case: Case, arguments: argparse.Namespace, folder: Path, steps: int, m
 
     class Marked(NativeBackend):
         def put_batch(self, rows: Any) -> Any:
-            self.work = (int((rows.segment_ids > 0).sum()), int((rows.labels != NO_LOSS).sum()))
+            self.work = (int((rows.segment_ids > 0).sum()), int((rows.labels != NO_LOSS).sum()), rows.labels.size)
             return super().put_batch(rows)
 
         def step(self, batches: Any, learning_rate: float) -> Any:
-            marks.begin(*self.work, batches[0]["input_ids"].numel())
+            marks.begin(*self.work)
             return super().step(batches, learning_rate)
 
     compiled = {"torch_compile": True} if case.side == "ours-compiled" else {}
