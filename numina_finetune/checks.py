@@ -28,8 +28,8 @@ from numina_finetune.config import (
     TRACKERS,
     RunConfig,
     SourceConfig,
-    flag,
 )
+from numina_finetune.option_fields import flag
 
 
 def config_faults(config: RunConfig) -> list[str]:

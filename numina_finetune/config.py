@@ -10,14 +10,13 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from numina_finetune.errors import ConfigError
+from numina_finetune.option_fields import option, typed_values
 
 FORMATS = ("auto", "qa", "gsm8k", "math", "numina_cot", "numina_1.5", "numina_tir", "messages")
 REMAT = ("none", "dots", "full")
@@ -50,15 +49,6 @@ ALIASES = {
     "math500": "HuggingFaceH4/MATH-500",
 }
 """Names that users type from memory, and the hub's own."""
-
-
-def option(default: Any, help: str, group: str, *, identity: bool = True, alias: str | None = None) -> Any:
-    """A field that is also a command-line option; two lives of one run may differ where ``identity`` is false.
-
-    Args:
-        alias: another name for it, on the command line and in YAML.
-    """
-    return field(default=default, metadata={"help": help, "group": group, "identity": identity, "alias": alias})
 
 
 @dataclass(frozen=True)
@@ -447,7 +437,7 @@ class RunConfig:
             ConfigError: unknown names, or values of the wrong type, all at once.
         """
         faults: list[str] = []
-        values = _typed(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
+        values = typed_values(RunConfig, {k: v for k, v in mapping.items() if k != "datasets"}, where, faults)
         sources = []
         entries = mapping.get("datasets") or []
         if not isinstance(entries, list | tuple):
@@ -459,113 +449,7 @@ class RunConfig:
             if not isinstance(entry, Mapping) or "name" not in entry:
                 faults.append(f"{place}: needs a mapping with at least `name`")
                 continue
-            sources.append(_typed(SourceConfig, entry, place, faults))
+            sources.append(typed_values(SourceConfig, entry, place, faults))
         if faults:
             raise ConfigError(faults)
         return RunConfig(**values, datasets=tuple(SourceConfig(**source) for source in sources))
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def words_of(options: Any, *, without: Sequence[str] = ()) -> list[str]:
-    """The command-line options that make ``options`` of the defaults.
-
-    Args:
-        options: a dataclass whose fields are options.
-        without: fields that are none, or not to be said.
-    """
-    words = []
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if option.name in without or value == option.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(option.name) if value else "--no-" + flag(option.name).removeprefix("--"))
-        else:
-            words.append(f"{flag(option.name)}={value}")
-    return words
-
-
-def values_of(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values in a file's mapping for a dataclass of options.
-
-    Raises:
-        ConfigError: unknown names, or values of the wrong type, all at once.
-    """
-    faults: list[str] = []
-    values = _typed(cls, mapping, where, faults)
-    if faults:
-        raise ConfigError(faults)
-    return values
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a run's YAML file.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path} is not text in UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"--config {path} holds {type(mapping).__name__}: it needs a mapping of option names")
-    return mapping
-
-
-def field_name(cls: type, name: str) -> str:
-    """The field that a name of the YAML means, its other spellings included; the name itself if there is none."""
-    name = str(name).replace("-", "_")
-    aliases = {f.metadata["alias"]: f.name for f in fields(cls) if f.metadata.get("alias")}
-    return aliases.get(name, name)
-
-
-def _typed(cls: type, mapping: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """Values of ``mapping`` converted to the types of ``cls``'s fields; what does not fit goes into ``faults``."""
-    known = {f.name: f for f in fields(cls) if f.name != "datasets"}
-    values: dict[str, Any] = {}
-    for name, value in mapping.items():
-        name = field_name(cls, name)
-        if name not in known:
-            faults.append(f"{where}: {name!r} is unknown: use one of {', '.join(sorted(known))}")
-            continue
-        try:
-            values[name] = _convert(str(known[name].type), value)
-        except (TypeError, ValueError, OverflowError):
-            faults.append(f"{where}: {name} is {value!r}: it needs {known[name].type}")
-    return values
-
-
-def _convert(annotation: str, value: Any) -> Any:
-    kind = annotation.removesuffix(" | None")
-    if value is None:
-        if kind == annotation:
-            raise TypeError
-        return None
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if kind == "int":
-        if isinstance(value, bool) or int(value) != value:
-            raise TypeError
-        return int(value)
-    if kind == "float":
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)  # YAML reads 1e-5 as text
-    if kind.startswith("tuple"):
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise TypeError
-        return tuple(value)
-    if not isinstance(value, str):
-        raise TypeError
-    return value

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from numina_finetune.config import ALIASES, flag
+from numina_finetune.config import ALIASES
+from numina_finetune.option_fields import flag
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from numina_finetune.config import RunConfig, SourceConfig, words_of
+from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data.sources import SYNTHETIC
 from numina_finetune.errors import ConfigError, ExitCode
 from numina_finetune.evaluate_command import MakeBackend, evaluate, run_compare
@@ -26,6 +26,7 @@ from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.scoring import Figures as Accuracy
 from numina_finetune.models.load import open_model
 from numina_finetune.models.tokenizer import load_tokenizer
+from numina_finetune.option_fields import words_of
 from numina_finetune.train.plots import plot_loss, read_lives
 
 STEPS = 600

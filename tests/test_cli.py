@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from numina_finetune import __version__, cli, launch
-from numina_finetune.config import RunConfig, SourceConfig, flag
+from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.errors import ConfigError
+from numina_finetune.option_fields import flag
 from tests.conftest import environment, train
 
 NEEDED = ["--model-name", "tiny-qwen3", "--output-dir", "runs"]

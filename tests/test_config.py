@@ -11,9 +11,10 @@ import yaml
 
 from numina_finetune.checks import config_faults
 from numina_finetune.cli.options import SOURCE_OPTIONS, resolve_config
-from numina_finetune.config import RunConfig, SourceConfig, load_yaml
+from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import default_mesh, with_model_defaults
+from numina_finetune.option_fields import load_yaml
 from tests.conftest import ROOT
 
 BASE = RunConfig(model_name="tiny-qwen3", datasets=(SourceConfig("synthetic-gsm8k"),), output_dir="runs")

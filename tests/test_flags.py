@@ -18,9 +18,10 @@ import typer
 from numina_finetune.cli import app, run_command
 from numina_finetune.cli.groups import CONTEXT
 from numina_finetune.cli.options import SOURCE_OPTIONS, resolve_config
-from numina_finetune.config import RunConfig, SourceConfig, field_name, flag
+from numina_finetune.config import RunConfig, SourceConfig
 from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.evaluation.options import EvaluateOptions, GenerateOptions
+from numina_finetune.option_fields import field_name, flag
 from numina_finetune.spot.options import SpotOptions
 from tests.conftest import ROOT
 

@@ -124,6 +124,7 @@ def test_imports_run_one_way(name: str, forbidden: list[str]) -> None:
         "files.py",
         "mesh.py",
         "metadata.py",
+        "option_fields.py",
         "process_tree.py",
         "storage.py",
         "stores.py",

@@ -194,7 +194,8 @@ def test_the_exported_folder_has_a_card_with_the_data_report_and_generation_sett
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_sound_configuration(recipe: Path) -> None:
     from numina_finetune.checks import config_faults
-    from numina_finetune.config import RunConfig, load_yaml
+    from numina_finetune.config import RunConfig
+    from numina_finetune.option_fields import load_yaml
 
     config = RunConfig.from_mapping({**load_yaml(str(recipe)), "output_dir": "runs"}, str(recipe))
     assert config_faults(config) == []

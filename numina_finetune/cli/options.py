@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from numina_finetune.config import FORMATS, RunConfig, field_name, flag, load_yaml
+from numina_finetune.config import FORMATS, RunConfig
 from numina_finetune.errors import ConfigError
 from numina_finetune.model_defaults import with_model_defaults
+from numina_finetune.option_fields import field_name, flag, load_yaml
 
 SOURCE_OPTIONS: dict[str, tuple[str, type, str]] = {
     "dataset_name": ("name", str, "Hub name, folder, .jsonl/.parquet file or synthetic-gsm8k; name[split] works."),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from numina_finetune.checks import bound_faults, choice_faults, is_date
-from numina_finetune.config import BACKENDS, CHAT_FAMILIES, EXPERTS, PRECISIONS, REASONING_EFFORTS, TIR_STYLES, flag
+from numina_finetune.config import BACKENDS, CHAT_FAMILIES, EXPERTS, PRECISIONS, REASONING_EFFORTS, TIR_STYLES
+from numina_finetune.option_fields import flag
 
 PROMPTS = ("chat", "completion")
 STYLES = ("gsm8k", "gsm8k-flexible", "boxed")

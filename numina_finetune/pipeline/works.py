@@ -17,12 +17,13 @@ import yaml
 
 from numina_finetune import launch
 from numina_finetune.checks import choice_faults, config_faults
-from numina_finetune.config import BACKENDS, RunConfig, SourceConfig, flag, values_of, words_of
+from numina_finetune.config import BACKENDS, RunConfig, SourceConfig
 from numina_finetune.data.prepare import IndexOptions
 from numina_finetune.data.sources import benchmark_source, content_key, preflight, resolve_source, source_kind
 from numina_finetune.errors import ConfigError, UserError
 from numina_finetune.evaluation.options import EvaluateOptions
 from numina_finetune.evaluation.tasks import find_task, load_problems
+from numina_finetune.option_fields import flag, values_of, words_of
 from numina_finetune.spot.training import named_things
 from numina_finetune.storage import NotFound, Store
 from numina_finetune.train.metrics import parse_metrics

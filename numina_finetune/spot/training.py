@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from numina_finetune.checks import config_faults
-from numina_finetune.config import RunConfig, flag
+from numina_finetune.config import RunConfig
 from numina_finetune.data.sources import parse_source_name
+from numina_finetune.option_fields import flag
 
 CONFIG, PIPELINE = "training.yaml", "pipeline.yaml"
 """The names on the workers of the file that ``--config`` gives, and of a pipeline's."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from numina_finetune import launch
 from numina_finetune.checks import config_faults
-from numina_finetune.config import RunConfig, flag
+from numina_finetune.config import RunConfig
 from numina_finetune.errors import CheckpointError, ConfigError, ExitCode, UserError
+from numina_finetune.option_fields import flag
 from numina_finetune.storage import NotFound, open_store
 from numina_finetune.sweep.divergence import Criteria
 from numina_finetune.sweep.report import PICTURE, RESULTS, command_of, draw, results_of, table_of

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from numina_finetune.checkpoint.reading import Checkpoint, Unsound, checkpoint_at, committed, drop_unsound, of_step
-from numina_finetune.config import RunConfig, flag
+from numina_finetune.config import RunConfig
 from numina_finetune.errors import CheckpointError
+from numina_finetune.option_fields import flag
 from numina_finetune.storage import Damaged, NotFound, Store, open_store
 from numina_finetune.train.place import RunPlace
 from numina_finetune.train.provenance import git_state, redacted, versions

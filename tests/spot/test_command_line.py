@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from numina_finetune import cli
-from numina_finetune.config import flag
 from numina_finetune.errors import ExitCode
+from numina_finetune.option_fields import flag
 from numina_finetune.spot import commands
 from numina_finetune.spot.options import SpotOptions, job_of
 from tests.conftest import ROOT, environment
