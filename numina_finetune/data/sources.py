@@ -327,12 +327,18 @@ def _load_dataset(source: SourceConfig, arguments: dict[str, Any], flag: str) ->
 
 
 def _synthetic_rows(source: SourceConfig) -> Dataset:
-    from datasets import Dataset
+    from datasets import Dataset, ReadInstruction
 
-    from numina_finetune.data.synthetic import generate_problems
+    from numina_finetune.data.synthetic import DEFAULT_COUNTS, generate_problems
 
-    _check_split(source, ["train", "test"])
-    return Dataset.from_list(generate_problems(source.split))
+    _check_split(source, list(DEFAULT_COUNTS))
+    try:
+        part, *more = ReadInstruction.from_spec(source.split).to_absolute(DEFAULT_COUNTS)
+    except ValueError as error:
+        raise DataError(f"split {source.split!r} of {source.name}: {error}: write it as in train[:2000]") from error
+    if more:
+        raise DataError(f"split {source.split!r} of {source.name} is several: name one of them")
+    return Dataset.from_list(generate_problems(part.splitname)[part.from_ : part.to])
 
 
 def _saved_rows(source: SourceConfig, path: Path) -> Dataset:

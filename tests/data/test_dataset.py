@@ -180,6 +180,15 @@ def test_synthetic_data_needs_no_file(tmp_path):
     assert set(rows.column_names) == {"question", "answer"} and len(rows) > 0
 
 
+def test_synthetic_data_has_slices():
+    whole, part = (load_rows(SourceConfig("synthetic-gsm8k", split=split)) for split in ("test", "test[8:12]"))
+    assert part.to_list() == whole.to_list()[8:12]
+    with pytest.raises(DataError, match=r"split 'test\[:x\]' of synthetic-gsm8k: .*write it as in train"):
+        load_rows(SourceConfig("synthetic-gsm8k", split="test[:x]"))
+    with pytest.raises(DataError, match="is several: name one of them"):
+        load_rows(SourceConfig("synthetic-gsm8k", split="train[:3]+test[:3]"))
+
+
 def test_gsm8k_on_the_hub_gets_its_main_configuration_and_alias(monkeypatch, caplog):
     asked = {}
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: asked.update(arguments))
