@@ -66,7 +66,7 @@ def run_pipeline(options: RunOptions) -> ExitCode:
         print(table(steps, standing, {}))
         return ExitCode.DONE
     pending = [step for step in wanted if step.name not in done]
-    faults += _library_faults(options.pipeline, spec, steps, pending, done)
+    faults += _faults_seen_by_libraries(options.pipeline, spec, steps, pending, done)
     _refuse(faults)
     return _run(spec, wanted)
 
@@ -113,7 +113,7 @@ def table(steps: Sequence[Step], standing: Mapping[str, StepRecord], said: Mappi
     )
 
 
-def _library_faults(
+def _faults_seen_by_libraries(
     path: str, spec: PipelineSpec, steps: Sequence[Step], pending: Sequence[Step], done: Sequence[str]
 ) -> list[str]:
     """Of each step that is to run, what its own command would refuse before it begins."""
@@ -122,7 +122,7 @@ def _library_faults(
     found = []
     for step in pending:
         work = before_others(written[step.name], spec, by_name, done)
-        found += [f"{path}, step {step.name}: {fault}" for fault in work.library_faults()]
+        found += [f"{path}, step {step.name}: {fault}" for fault in work.faults_seen_by_libraries()]
     return found
 
 

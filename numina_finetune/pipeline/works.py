@@ -84,7 +84,7 @@ class Work(ABC):
         """What can be seen to be wrong without a library being loaded."""
 
     @abstractmethod
-    def library_faults(self) -> list[str]:
+    def faults_seen_by_libraries(self) -> list[str]:
         """What can be seen to be wrong besides, before a model or a device is touched."""
 
     @abstractmethod
@@ -147,7 +147,7 @@ class Train(_Configured):
     def identity(self) -> dict[str, Any]:
         return _changed(self.config.identity(), RunConfig().identity()) | _sources(self.config)
 
-    def library_faults(self) -> list[str]:
+    def faults_seen_by_libraries(self) -> list[str]:
         from numina_finetune.evaluation import in_loop
         from numina_finetune.train.run import check
 
@@ -203,7 +203,7 @@ class Prepare(_Configured):
         ]
         return {**_changed(chosen, plain), **named, "datasets": sources}
 
-    def library_faults(self) -> list[str]:
+    def faults_seen_by_libraries(self) -> list[str]:
         from numina_finetune.models.tokenizer import load_tokenizer
 
         try:
@@ -244,7 +244,7 @@ class Evaluate(Work):
     def faults(self) -> list[str]:
         return self.options.faults()
 
-    def library_faults(self) -> list[str]:
+    def faults_seen_by_libraries(self) -> list[str]:
         from numina_finetune.evaluation.sandbox import Minimum, require
 
         chosen = self.options.backend if self.options.backend in BACKENDS else "auto"
@@ -318,7 +318,7 @@ class Export(Work):
         allowed = {"dtype": ("bf16", "fp32", None), "lora_export": ("merged", "adapter", None)}
         return [*found, *choice_faults(self, allowed)]
 
-    def library_faults(self) -> list[str]:
+    def faults_seen_by_libraries(self) -> list[str]:
         from numina_finetune.models.push import PushOptions
 
         named = self.run.rstrip("/").rpartition("/")[2]
