@@ -8,6 +8,7 @@ torch_xla), is imported before the fork.
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing.process
 import os
 import runpy
@@ -96,6 +97,36 @@ def run_module(
     finally:
         program.kill()
     return subprocess.CompletedProcess(program.args, program.returncode or 0, out, err)
+
+
+def torchrun(processes: int) -> list[str]:
+    """What stands before a module's name to start so many processes of it, over gloo."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+
+
+def run_in_processes(count: int, module: str, *arguments: str, env: Mapping[str, str]) -> str:
+    """The module under ``torchrun`` to its end, which has to be a good one; what all of them wrote."""
+    result = subprocess.run(
+        [*torchrun(count), module, *arguments],
+        env={**env, "ACCELERATE_USE_CPU": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def tell(found: Any, folder: Path) -> None:
+    """What this process found, in a file of its own: lines of several on one output may run into one another."""
+    (folder / f"told-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def told(folder: Path, processes: int = 1) -> list[Any]:
+    """What each of so many processes found."""
+    return [json.loads((folder / f"told-{rank}.json").read_text("utf-8")) for rank in range(processes)]
 
 
 def _enter(module: str, arguments: tuple[str, ...], env: dict[str, str], out: str, err: str) -> None:

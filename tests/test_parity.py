@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run, command, environment, train
+from tests.conftest import Run, environment, options_of, train
+from tests.programs import run_in_processes
 
 RUN = ("--max-steps", "10", "--logging-steps", "1", "--save-steps", "0", "--global-batch-size", "8")
 
@@ -48,20 +47,10 @@ def test_gpt_oss_follows_the_native_backend_with_one_compilation_and_no_host_rea
 
 
 def test_two_gloo_processes_equal_one(folder: Path, native: Run) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    training = command(folder / "gloo", *RUN, "--backend", "native", "--per-device-train-batch-size", "2")
-    result = subprocess.run(
-        [*torchrun, *training[1:]],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 process(es)" in result.stdout
-    assert Run(0, result.stdout, folder / "gloo").losses == pytest.approx(native.losses, rel=1e-4)
+    training = options_of(folder / "gloo", *RUN, "--backend", "native", "--per-device-train-batch-size", "2")
+    output = run_in_processes(2, "numina_finetune", *training, env=environment())
+    assert "2 process(es)" in output
+    assert Run(0, output, folder / "gloo").losses == pytest.approx(native.losses, rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_loss(folder: Path, native: Run) -> None:

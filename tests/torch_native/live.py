@@ -6,7 +6,6 @@ Each process prints one JSON object: by case, what :func:`steps` gives.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from numina_finetune import launch
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import Batch
+from tests.programs import tell
 
 ROWS, LENGTH, STEPS = 8, 64, 10
 CASES: dict[str, dict[str, Any]] = {
@@ -157,4 +157,4 @@ def _local(backend: Any) -> list[torch.Tensor]:
 if __name__ == "__main__":
     launch.prepare_environment("native")
     found = {case: steps(sys.argv[2], case, Path(sys.argv[1])) for case in CASES}
-    print(json.dumps(found), flush=True)
+    tell(found, Path(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,16 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Run, command, environment, train
+from tests.programs import run_in_processes, told, torchrun
 from tests.torch_native import live
 
 Found = dict[str, dict[str, Any]]
 RUN = ("--max-steps", "10", "--logging-steps", "1", "--save-steps", "3", "--save-total-limit", "5")
 RUN = (*RUN, "--global-batch-size", "8", "--per-device-train-batch-size", "2")
 NATIVE = ("--backend", "native", "--mesh", "fsdp=2")
-
-
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
 
 
 def accelerate_launch(processes: int) -> list[str]:
@@ -38,17 +34,8 @@ def accelerate_launch(processes: int) -> list[str]:
 
 def live_steps(folder: Path, mesh: str, processes: int) -> list[Found]:
     """What each process of a mesh finds."""
-    result = subprocess.run(
-        [*torchrun(processes), "tests.torch_native.live", str(folder), mesh],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    run_in_processes(processes, "tests.torch_native.live", str(folder), mesh, env=environment())
+    return told(folder, processes)
 
 
 @pytest.fixture(scope="module")

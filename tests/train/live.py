@@ -6,14 +6,13 @@ Prints one JSON object. The backend is chosen by the environment, as a user's wo
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from numina_finetune import launch
 from numina_finetune.config import RunConfig
+from tests.programs import tell
 
 
 def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
@@ -203,5 +202,4 @@ def _digest(backend: Any) -> str:
 
 
 if __name__ == "__main__":
-    said = main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
-    Path(sys.argv[2], f"said-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(said), encoding="utf-8")
+    tell(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]), Path(sys.argv[2]))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from numina_finetune.models.generation import READ_EVERY
-from tests.conftest import ROOT, environment
-from tests.programs import run_module
+from tests.conftest import environment
+from tests.programs import run_in_processes, run_module, told
 
 DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
 
@@ -20,24 +17,14 @@ DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
 def live(task: str, folder: Path, devices: int | None, *options: str) -> dict[str, Any]:
     result = run_module("tests.train.live", task, str(folder), *options, env=environment(devices=devices))
     assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "said-0.json").read_text("utf-8"))
-    return found
+    (found,) = told(folder)
+    return dict(found)
 
 
 def live_in_two_processes(task: str, folder: Path) -> list[dict[str, Any]]:
-    """What each process says, in a file of its own."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.live", task, str(folder)],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((folder / f"said-{rank}.json").read_text("utf-8")) for rank in range(2)]
+    """What each process says."""
+    run_in_processes(2, "tests.train.live", task, str(folder), env=environment())
+    return told(folder, 2)
 
 
 @pytest.mark.parametrize("devices", DEVICES)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import environment
+from tests.programs import run_module
 from tests.train.live import _backend
 from tests.xla.optimizers import adafactor, measured, place, save, saved, steps
 
@@ -26,15 +25,7 @@ def runs(
     save(backend, folder / "native")
     native = {"losses": [metric.loss for metric in steps(backend, range(2, 4))]}
     save(backend, folder / "end")
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.xla.optimizers", request.param, str(folder)],
-        env=environment(devices=4),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    found = run_module("tests.xla.optimizers", request.param, str(folder), env=environment(devices=4))
     assert found.returncode == 0, found.stderr[-3000:]
     xla = json.loads(found.stdout.splitlines()[-1])
     native |= {"measured": measured("native"), "state": saved(folder / "end")}
