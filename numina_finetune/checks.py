@@ -112,7 +112,7 @@ def _out_of_range(config: RunConfig) -> list[str]:
         "lora_rank": 0,
     }
     faults = bound_faults(config, at_least)
-    for name in ("warmup_ratio", "lr_decay_ratio"):
+    for name in ("warmup_ratio", "lr_decay_ratio", "min_lr_rate"):
         if not 0 <= getattr(config, name) <= 1:
             faults.append(f"{flag(name)} {getattr(config, name)} is out of range: use a share from 0 to 1")
     for name in ("adam_beta1", "adam_beta2"):
@@ -126,10 +126,15 @@ def _out_of_range(config: RunConfig) -> list[str]:
         faults.append(f"--max-steps {config.max_steps} is out of range: use 1 or more, or -1 for whole epochs")
     if not 0 < config.num_train_epochs < math.inf:
         faults.append(f"--num-train-epochs {config.num_train_epochs} is out of range: use more than 0")
-    for name in ("global_batch_size", "preprocessing_num_workers", "lora_alpha"):
+    for name, least in (
+        ("global_batch_size", 1),
+        ("preprocessing_num_workers", 1),
+        ("lora_alpha", 1),
+        ("warmup_steps", 0),
+    ):
         value = getattr(config, name)
-        if value is not None and value < 1:
-            faults.append(f"{flag(name)} {value} is too small: use 1 or more")
+        if value is not None and value < least:
+            faults.append(f"{flag(name)} {value} is too small: use {least} or more")
     if config.profile_steps is not None and not _is_range(config.profile_steps):
         faults.append(f"--profile-steps {config.profile_steps!r} is no range of steps: write it as 10-15")
     if not is_date(config.chat_date):
@@ -148,10 +153,16 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.gradient_noise and (config.optim != "adamw" or config.adam_beta1 == 0):
         which = f"--optim {config.optim}" if config.optim != "adamw" else "--adam-beta1 0"
         faults.append(f"--gradient-noise is measured with AdamW's first moment, which {which} has not: leave one out")
-    if config.lr_scheduler_type == "wsd" and config.warmup_ratio + config.lr_decay_ratio > 1:
+    if config.lr_scheduler_type == "wsd" and config.warmup_steps is None:
+        if config.warmup_ratio + config.lr_decay_ratio > 1:
+            faults.append(
+                f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "
+                "whole run: use shares that come to 1 or less"
+            )
+    if config.warmup_steps is not None and 0 < config.max_steps < config.warmup_steps:
         faults.append(
-            f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "
-            "whole run: use shares that come to 1 or less"
+            f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}: the peak learning rate "
+            "would never be reached; use fewer"
         )
     if config.eval_dataset_name and config.validation_size:
         faults.append(

@@ -24,7 +24,7 @@ ATTENTION = ("auto", "splash", "segments", "flash", "torch")
 EXPERTS = ("auto", "dropless", "capacity", "dense")
 LOSS_CHUNKS = ("auto", "sequence", "vocabulary")
 PRECISIONS = ("bf16", "pure-bf16", "fp32")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+SCHEDULES = ("cosine", "cosine_with_min_lr", "linear", "constant", "wsd")
 OPTIMIZERS = ("adamw", "adafactor")
 BACKENDS = ("auto", "xla", "native")
 TRACKERS = ("none", "wandb", "tensorboard")
@@ -93,7 +93,9 @@ class RunConfig:
         False, "Run Python code that a model or tokenizer brings with it.", "Model", identity=False
     )
     precision: str = option(
-        "bf16", "bf16 (bf16 compute, fp32 master weights), pure-bf16 (weights and moments too), or fp32.", "Model"
+        "bf16",
+        "bf16 (bf16 compute, fp32 master weights), pure-bf16 (weights in bf16 too, rounded stochastically), or fp32.",
+        "Model",
     )
     # Data
     datasets: tuple[SourceConfig, ...] = ()
@@ -148,13 +150,22 @@ class RunConfig:
     learning_rate: float = option(2e-5, "Peak learning rate.", "Optimisation")
     lr_scheduler_type: str = option(
         "cosine",
-        "After the warm-up: cosine or linear to 0, constant, or wsd (constant, and at the end linear to 0).",
+        "After the warm-up: cosine or linear to 0, cosine_with_min_lr (to --min-lr-rate), constant, or wsd (constant, "
+        "and at the end linear to 0).",
         "Optimisation",
     )
     lr_decay_ratio: float = option(
         0.1, "--lr-scheduler-type wsd: share of the optimizer steps over which the rate goes down.", "Optimisation"
     )
+    min_lr_rate: float = option(
+        0.1,
+        "--lr-scheduler-type cosine_with_min_lr: share of the peak learning rate at which the cosine ends.",
+        "Optimisation",
+    )
     warmup_ratio: float = option(0.03, "Share of the optimizer steps spent warming up.", "Optimisation")
+    warmup_steps: int | None = option(
+        None, "Optimizer steps spent warming up; overrides --warmup-ratio.", "Optimisation"
+    )
     optim: str = option(
         "adamw",
         "Optimizer: adamw, or adafactor, whose state is a row and a column of each matrix, not two more of its size.",
@@ -407,8 +418,13 @@ class RunConfig:
         identity = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         if not self.lora_rank:  # runs that began before there were adapters go on
             identity = {name: value for name, value in identity.items() if not name.startswith("lora_")}
+        # What has no effect is left out, and so is what came later: runs that began without it go on.
         if self.lr_scheduler_type != "wsd":
             del identity["lr_decay_ratio"]
+        if self.lr_scheduler_type != "cosine_with_min_lr":
+            del identity["min_lr_rate"]
+        if self.warmup_steps is None:
+            del identity["warmup_steps"]
         if self.experts == "capacity":  # the only form that computes something else: it drops tokens
             identity["expert_capacity"] = self.expert_capacity
         identity["against"] = list(self.against)  # as YAML gives it back

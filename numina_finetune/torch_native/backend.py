@@ -115,19 +115,18 @@ class NativeBackend:
         return on_device(rows, self.device, fixed_shape=self._fixed_shape)
 
     def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
         with explained(self.device):
             return optimizer_step(
                 partial(self._backward, batches),
                 list(self._parameters.values()),
                 batches,
+                self._optimizer,
+                learning_rate,
                 max_grad_norm=self._max_grad_norm,
-                update=self._update,
                 reduce=self._sum_over_processes,
                 gradient_scale=1.0 if self._sharded else float(self.process_count),  # DDP gives means
                 foreach=None,
-                measured=self._optimizer if self._gradient_noise else None,
+                gradient_noise=self._gradient_noise,
             )
 
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
@@ -199,12 +198,6 @@ class NativeBackend:
                 torch.autograd.backward(loss * scale)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def _update(self, applied: torch.Tensor) -> None:
-        # The fused kernel's contract with GradScaler: where found_inf is 1, nothing changes, the step count included.
-        self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self._optimizer.found_inf = 1.0 - applied.float()  # type: ignore[attr-defined]
-        self._optimizer.step()
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         if self.process_count > 1:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from numina_finetune.train.guarded import GuardedOptimizer
+
 ROW, COLUMN, FULL = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"
 """Names of the second moments: of a matrix the means of its rows and of its columns, else one for each element."""
 DECAY = 0.8
@@ -17,7 +19,7 @@ LARGEST_UPDATE = 1.0
 """Root mean square of a parameter's update before the learning rate; a larger one is scaled down to it."""
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(GuardedOptimizer):
     """What transformers' ``Adafactor(lr=…, scale_parameter=False, relative_step=False)`` computes.
 
     The learning rate is the schedule's own: relative steps and the scale of the parameter would be a second schedule on
@@ -31,33 +33,26 @@ class Adafactor(torch.optim.Optimizer):
     `COLUMN` ``[…, columns]`` or `FULL`, of the parameter's shape.
     """
 
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
-    """Where it is 1 (fp32 scalar on the device), :meth:`step` changes nothing: the contract of torch's fused AdamW."""
-
-    def __init__(self, groups: Iterable[dict[str, Any]], *, stacks: Iterable[torch.nn.Parameter] = ()) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, stacks: Iterable[torch.nn.Parameter] = (), **options: Any
+    ) -> None:
         """
         Args:
-            groups: with ``weight_decay``, and ``lr`` (a number, or an fp32 scalar on the device) before each step.
             stacks: parameters whose first dimension counts parameters of their own, such as the layers of a scan.
+            options: see `GuardedOptimizer`.
         """
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        super().__init__(groups, **options)
         self._stacks = frozenset(id(parameter) for parameter in stacks)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.float(), group["lr"], group["weight_decay"])
-
-    def _update(
-        self, parameter: torch.nn.Parameter, gradient: torch.Tensor, rate: float | torch.Tensor, weight_decay: float
-    ) -> None:
-        state = self.state[parameter]
-        step = state["step"] + 1
-        newest, squares = step**-DECAY, gradient.square() + SMALLEST
+    def _moved(
+        self,
+        parameter: torch.nn.Parameter,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        step: torch.Tensor,
+        group: dict[str, Any],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        state, newest, squares = self.state[parameter], step**-DECAY, gradient.square() + SMALLEST
         if ROW in state:
             row = _towards(state[ROW], _mean(squares, -1), newest)
             column = _towards(state[COLUMN], _mean(squares, -2), newest)
@@ -71,13 +66,7 @@ class Adafactor(torch.optim.Optimizer):
         stack = 1 if id(parameter) in self._stacks else 0
         size = _mean(update.square(), *range(stack, update.ndim)).sqrt() / LARGEST_UPDATE
         update = update / size.clamp(min=1.0).reshape(*size.shape, *[1] * (update.ndim - stack))
-        weight = parameter.float()
-        self._set(parameter, (weight - weight * (rate * weight_decay) - update * rate).to(parameter.dtype))
-        for name, value in {"step": step, **moments}.items():
-            self._set(state[name], value)
-
-    def _set(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        tensor.copy_(value if self.found_inf is None else torch.where(self.found_inf > 0, tensor, value))
+        return weight - update * group["lr"], moments
 
 
 def _towards(mean: torch.Tensor, value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,6 @@ def estimate(model: PreTrainedModel, config: RunConfig, rows: int, mesh: MeshSha
         frozen=sizes[False],
         weights=trained + sizes[False] * computed / parts,
         gradients=trained,
-        optimizer=state_bytes(dict(model.named_parameters()), config, stored) / parts,
+        optimizer=state_bytes(dict(model.named_parameters()), config) / parts,
         saved=saved / mesh.tensor,
     )

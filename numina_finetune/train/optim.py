@@ -10,18 +10,25 @@ import torch
 
 from numina_finetune.config import RunConfig
 from numina_finetune.train.adafactor import COLUMN, FULL, ROW, Adafactor
+from numina_finetune.train.adamw import AdamW
+from numina_finetune.train.guarded import GuardedOptimizer, Rounding
+from numina_finetune.train.rounding import round_stochastically
+
+Optimizer = GuardedOptimizer | torch.optim.AdamW
+"""What makes a run's updates: of our own, or torch's fused AdamW, which has `GuardedOptimizer`'s contract as well."""
 
 
 def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
     """Learning rate of the optimizer step that follows ``step`` finished ones.
 
-    A pure function of the step, so that a resumed run needs no scheduler state. Linear warm-up from 0, then cosine
-    to 0, linear to 0, constant, or constant and then linear to 0 over the last ``--lr-decay-ratio`` of the steps (wsd;
-    the shapes of transformers' ``get_scheduler``).
+    A pure function of the step, so that a resumed run needs no scheduler state. Linear warm-up that reaches the peak
+    with its last step and begins above 0, as a step at rate 0 would be spent on nothing; then cosine to 0 or to
+    ``--min-lr-rate`` of the peak, linear to 0, constant, or constant and then linear to 0 over the last
+    ``--lr-decay-ratio`` of the steps (wsd). After the warm-up these are the shapes of transformers' ``get_scheduler``.
     """
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(total_steps, config)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return config.learning_rate * (step + 1) / warmup
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     if config.lr_scheduler_type == "wsd":
@@ -30,7 +37,13 @@ def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
     done = (step - warmup) / max(1, total_steps - warmup)
     if config.lr_scheduler_type == "linear":
         return config.learning_rate * max(0.0, 1.0 - done)
-    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+    left = config.min_lr_rate if config.lr_scheduler_type == "cosine_with_min_lr" else 0.0
+    return config.learning_rate * (left + (1.0 - left) * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))))
+
+
+def warmup_steps(total_steps: int, config: RunConfig) -> int:
+    """Optimizer steps of the warm-up."""
+    return math.ceil(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -55,9 +68,9 @@ def parameter_groups(
 
 
 class Zeros(Protocol):
-    """Makes a tensor of an optimizer's state, on the device and split as its parameter."""
+    """Makes an fp32 tensor of an optimizer's state, on the device and split as its parameter."""
 
-    def __call__(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def __call__(self, name: str, dims: tuple[int, ...]) -> torch.Tensor:
         """
         Args:
             name: of the parameter.
@@ -72,49 +85,57 @@ def make_optimizer(
     zeros: Zeros | None = None,
     matrices: Container[str] | None = None,
     stacks: Collection[str] = (),
-    **form: bool,
-) -> torch.optim.Optimizer:
+    fused: bool = False,
+    rounding: Rounding = round_stochastically,
+) -> Optimizer:
     """The run's optimizer at step 0, for the parameters that are trained.
 
-    Its state is all there: a checkpoint loads in place, and the first step is the same program as the second. Its
-    learning rate is 0: each step brings its own.
+    Its state is all there, in fp32: a checkpoint loads in place, and the first step is the same program as the second.
+    Its learning rate is 0: each step brings its own (`guarded_update`).
 
     Args:
         zeros: plain torch's if None.
         matrices: names of those that decay and are factored, where dimensions do not tell (see `parameter_groups`).
         stacks: names of those whose first dimension counts layers.
-        form: which of torch's implementations of AdamW, such as ``fused``.
+        fused: take torch's fused AdamW where it computes the same, which is where no trained parameter is bf16.
+        rounding: of the new values of bf16 parameters.
     """
     groups = parameter_groups(parameters, config.weight_decay, matrices)
+    rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in parameters.values())
+    adam: Any = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    own: Any = {"seed": config.seed, "rounding": rounding}
+    optimizer: Optimizer
     if config.optim == "adafactor":
-        optimizer: torch.optim.Optimizer = Adafactor(groups, stacks=[parameters[name] for name in stacks])
+        optimizer = Adafactor(groups, stacks=[parameters[name] for name in stacks], **own)
+    elif fused and not rounded:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True, **adam)
     else:
-        betas = config.adam_beta1, config.adam_beta2
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_epsilon, **form)
+        optimizer = AdamW(groups, **adam, **own)
     zeros = zeros or _PlainZeros(parameters)
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         factored = decays(name, parameter) if matrices is None else name in matrices
         if config.optim == "adafactor":
-            moments, dtype = (ROW, COLUMN) if factored else (FULL,), torch.float32
+            moments = (ROW, COLUMN) if factored else (FULL,)
         else:
-            moments, dtype = ("exp_avg", "exp_avg_sq"), parameter.dtype
-        optimizer.state[parameter] = {
-            key: zeros(name, kept_dims(key, parameter.ndim), torch.float32 if key == "step" else dtype)
-            for key in ("step", *moments)
-        }
+            moments = ("exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: zeros(name, kept_dims(key, parameter.ndim)) for key in ("step", *moments)}
     return optimizer
 
 
-def state_bytes(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig, dtype: torch.dtype) -> int:
-    """Bytes of the optimizer's state over all devices, reckoned from shapes.
+def guarded_update(optimizer: Optimizer, learning_rate: float | torch.Tensor, applied: torch.Tensor) -> None:
+    """One step of the optimizer, which changes nothing where ``applied`` (bool scalar on the device) is false."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.grad_scale, optimizer.found_inf = None, 1.0 - applied.float()  # type: ignore[union-attr]
+    optimizer.step()
 
-    Args:
-        dtype: in which the parameters are trained.
-    """
+
+def state_bytes(parameters: Mapping[str, torch.nn.Parameter], config: RunConfig) -> int:
+    """Bytes of the optimizer's state over all devices, reckoned from shapes."""
     shapes = {
-        name: torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="meta"), parameter.requires_grad)
+        name: torch.nn.Parameter(torch.empty(parameter.shape, device="meta"), parameter.requires_grad)
         for name, parameter in parameters.items()
     }
     states = make_optimizer(shapes, config).state.values()
@@ -131,13 +152,14 @@ class _PlainZeros:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._parameters = parameters
 
-    def __call__(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def __call__(self, name: str, dims: tuple[int, ...]) -> torch.Tensor:
         parameter = self._parameters[name].detach()
         if not dims:
-            return torch.zeros((), dtype=dtype, device=parameter.device)
+            return torch.zeros((), device=parameter.device)
         if len(dims) == parameter.ndim:
-            return torch.zeros_like(parameter, dtype=dtype)
-        return parameter.new_zeros([parameter.shape[dim] for dim in dims], dtype=dtype)  # sharded parameters too
+            return torch.zeros_like(parameter, dtype=torch.float32)
+        shape = [parameter.shape[dim] for dim in dims]
+        return parameter.new_zeros(shape, dtype=torch.float32)  # sharded parameters too
 
 
 def named_state(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -11,19 +11,21 @@ from torch.distributed.tensor import DTensor
 from numina_finetune.data.loader import NO_LOSS
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
 from numina_finetune.train.noise import signal_and_noise
+from numina_finetune.train.optim import Optimizer, guarded_update
 
 
 def optimizer_step(
     backward: Callable[[torch.Tensor], torch.Tensor],
     parameters: Sequence[torch.nn.Parameter],
     batches: Sequence[DeviceBatch],
+    optimizer: Optimizer,
+    learning_rate: float | torch.Tensor,
     *,
     max_grad_norm: float,
-    update: Callable[[torch.Tensor], None],
     reduce: Callable[[torch.Tensor], torch.Tensor],
     gradient_scale: float,
     foreach: bool | None,
-    measured: torch.optim.Optimizer | None = None,
+    gradient_noise: bool,
 ) -> DeviceMetrics:
     """Forward, backward and update over the micro-batches of one optimizer step.
 
@@ -33,12 +35,13 @@ def optimizer_step(
     Args:
         backward: takes the gradients of the batches' summed loss, times its argument (a scalar), into the parameters'
             ``grad``, and gives that sum.
+        optimizer: of the parameters that are trained.
+        learning_rate: a number, or an fp32 scalar on the device.
         max_grad_norm: 0 = no clipping.
-        update: applies the gradients, unless its argument (bool scalar on the device) is false.
         reduce: sum over processes; the identity where one program spans all devices.
         gradient_scale: undoes the averaging of gradients over processes.
         foreach: fused gradient norm; False where the device library cannot.
-        measured: the AdamW that ``update`` steps, where the gradient noise is to be measured.
+        gradient_noise: measure it; the optimizer is an AdamW then.
 
     Returns:
         See :data:`~numina_finetune.train.backend.DeviceMetrics`.
@@ -54,14 +57,14 @@ def optimizer_step(
     applied = torch.isfinite(norm) & torch.isfinite(loss)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)
-    update(applied)
+    guarded_update(optimizer, learning_rate, applied)
     for parameter in parameters:
         parameter.grad = None
-    if measured is None:
-        parts = loss.new_full((2,), torch.nan)
-    else:
+    if gradient_noise:
         clipped = norm if max_grad_norm == 0 else torch.clamp(norm, max=max_grad_norm)
-        parts = signal_and_noise(measured, clipped, partial(total_norm, foreach=foreach))
+        parts = signal_and_noise(optimizer, clipped, partial(total_norm, foreach=foreach))
+    else:
+        parts = loss.new_full((2,), torch.nan)
     return torch.cat([torch.stack([loss, norm.float(), supervised, tokens, applied.float()]), parts])
 
 

@@ -85,7 +85,7 @@ class XlaBackend:
         self._placed = replace(placed, module=self.accelerator.prepare(placed.module.train()))
         if trained:
             self._micro_batches = MicroBatches(self._placed)
-            self._optimizer = make_optimizer(self._placed, config, tensors)
+            self._optimizer = make_optimizer(self._placed, config, tensors, options.platform)
         self._max_grad_norm, self._gradient_noise = config.max_grad_norm, config.gradient_noise
         torch_xla.sync()
         self._traffic.leave_out()
@@ -98,7 +98,7 @@ class XlaBackend:
         return dict(zip(tensors, moved, strict=True))
 
     def step(self, batches: Sequence[DeviceBatch], learning_rate: float) -> DeviceMetrics:
-        # A scalar 0 or 1 would be traced as a constant, and a warm-up that begins at 0 compiled twice.
+        # A scalar 0 or 1 would be traced as a constant, and a schedule that ends in one compiled twice.
         rate = torch.tensor([learning_rate]).to(self.device).squeeze(0)
         metrics = train_step(
             self._placed,

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from numina_finetune.train.backend import DeviceBatch, DeviceMetrics
+from numina_finetune.train.optim import Optimizer
 from numina_finetune.train.step import optimizer_step
 from numina_finetune.xla.loops import Tensors
 from numina_finetune.xla.micro_batches import MicroBatches
-from numina_finetune.xla.optimizer import guarded_update
 from numina_finetune.xla.placement import Placed
 
 
 def train_step(
     placed: Placed,
     micro_batches: MicroBatches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Sequence[DeviceBatch],
     learning_rate: torch.Tensor,
     *,
@@ -46,12 +46,13 @@ def train_step(
         backward,
         list(placed.parameters.values()),
         batches,
+        optimizer,
+        learning_rate,
         max_grad_norm=max_grad_norm,
-        update=lambda applied: guarded_update(optimizer, learning_rate, applied),
         reduce=lambda value: value,
         gradient_scale=1.0,
         foreach=False,
-        measured=optimizer if gradient_noise else None,
+        gradient_noise=gradient_noise,
     )
     return torch.cat([metrics, *_dropped_share(counted)])
 

@@ -86,8 +86,9 @@ def trace(config: RunConfig, geometry: Mapping[str, Any], shape: MeshShape, rows
     xs.set_global_mesh(mesh)
     tensors = _Placeholders()
     model = _model(config, geometry)
-    placed = place_model(model, step_options(config, model, shape, device_type="TPU"), mesh, shape, tensors)
-    optimizer = make_optimizer(placed, config, tensors)
+    options = step_options(config, model, shape, device_type="TPU")
+    placed = place_model(model, options, mesh, shape, tensors)
+    optimizer = make_optimizer(placed, config, tensors, options.platform)
     rate = placeholder((), torch.float32)
     batches = [
         {name: placeholder((rows, config.max_seq_length), torch.int32) for name in BATCH_NAMES}
