@@ -153,12 +153,12 @@ def _contradictions(config: RunConfig) -> list[str]:
     if config.gradient_noise and (config.optim != "adamw" or config.adam_beta1 == 0):
         which = f"--optim {config.optim}" if config.optim != "adamw" else "--adam-beta1 0"
         faults.append(f"--gradient-noise is measured with AdamW's first moment, which {which} has not: leave one out")
-    if config.lr_scheduler_type == "wsd" and config.warmup_steps is None:
-        if config.warmup_ratio + config.lr_decay_ratio > 1:
-            faults.append(
-                f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "
-                "whole run: use shares that come to 1 or less"
-            )
+    by_shares = config.lr_scheduler_type == "wsd" and config.warmup_steps is None
+    if by_shares and config.warmup_ratio + config.lr_decay_ratio > 1:
+        faults.append(
+            f"--warmup-ratio {config.warmup_ratio} and --lr-decay-ratio {config.lr_decay_ratio} are more than the "
+            "whole run: use shares that come to 1 or less"
+        )
     if config.warmup_steps is not None and 0 < config.max_steps < config.warmup_steps:
         faults.append(
             f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}: the peak learning rate "

@@ -54,7 +54,7 @@ class GuardedOptimizer(torch.optim.Optimizer, ABC):
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, number)
+                    self._update(parameter, parameter.grad.float(), group, number)
 
     @abstractmethod
     def _moved(
@@ -72,11 +72,13 @@ class GuardedOptimizer(torch.optim.Optimizer, ABC):
             step: fp32 scalar, 1 in the first step.
         """
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any], number: int) -> None:
+    def _update(
+        self, parameter: torch.nn.Parameter, gradient: torch.Tensor, group: dict[str, Any], number: int
+    ) -> None:
         state = self.state[parameter]
         step = state["step"] + 1
         decayed = parameter.float() * (1 - group["lr"] * group["weight_decay"])
-        weight, moments = self._moved(parameter, decayed, parameter.grad.float(), step, group)
+        weight, moments = self._moved(parameter, decayed, gradient, step, group)
         if parameter.dtype == torch.bfloat16:
             weight = self._rounding(weight, step, self._seed * 1_000_003 + number)
         self._set(parameter, weight)

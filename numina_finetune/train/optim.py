@@ -116,10 +116,9 @@ def make_optimizer(
         if not parameter.requires_grad:
             continue
         factored = decays(name, parameter) if matrices is None else name in matrices
+        moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         if config.optim == "adafactor":
             moments = (ROW, COLUMN) if factored else (FULL,)
-        else:
-            moments = ("exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {key: zeros(name, kept_dims(key, parameter.ndim)) for key in ("step", *moments)}
     return optimizer
 

@@ -1,5 +1,6 @@
-"""Stochastic rounding on XLA: what `numina_finetune.train.rounding` computes, as a JAX function, since torch_xla reads no
-number's bits.
+"""Stochastic rounding on XLA: what `numina_finetune.train.rounding` computes, as a JAX function.
+
+torch_xla cannot take a number's bits on the device.
 """
 
 from __future__ import annotations
