@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     """A configuration or data error that no retry can mend."""
     FAULTS_FOUND = 3
     """``plan`` does not fit, or ``verify`` found faults."""
+    DIVERGED = 4
+    """The training's loss, gradients or weights are no longer finite; no retry can mend it."""
     PREEMPTED = 42
     """Asked to stop by the machine; everything that could be saved is saved."""
     STOPPED = 130
@@ -60,10 +62,10 @@ class PushFailed(UserError):
     exit_code = ExitCode.CRASHED
 
 
-class TrainingDiverged(Exception):
-    """Too many optimizer steps in a row had a non-finite loss or gradient."""
+class TrainingDiverged(UserError):
+    """Loss and gradients are not finite in too many optimizer steps in a row, or the weights are not."""
 
-    exit_code = ExitCode.CRASHED
+    exit_code = ExitCode.DIVERGED
 
 
 def all_found(needed: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def exit_code_of(returncode: int) -> ExitCode:
     return {
         ExitCode.DONE: ExitCode.DONE,
         ExitCode.CONFIGURATION: ExitCode.CONFIGURATION,
+        ExitCode.DIVERGED: ExitCode.DIVERGED,
         ExitCode.STOPPED: ExitCode.STOPPED,
         -signal.SIGINT: ExitCode.STOPPED,  # before it had its own handlers
         ExitCode.PREEMPTED: ExitCode.PREEMPTED,

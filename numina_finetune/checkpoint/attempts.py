@@ -42,7 +42,7 @@ class Attempt:
         Where storage itself is what failed, that is said and not raised: the caller's own fault must be heard.
 
         Args:
-            kind: ``done``, ``preempted``, ``stopped``, ``crashed`` or ``configuration``.
+            kind: ``done``, ``preempted``, ``stopped``, ``crashed``, ``configuration`` or ``diverged``.
             step: finished optimizer steps, None where training never began.
             saved_step: of the newest committed checkpoint that this life knows, None where it knows none.
             seconds: that this life spent on other things than steps, by what they were.

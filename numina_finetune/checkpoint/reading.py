@@ -20,10 +20,12 @@ from numina_finetune.checkpoint.layout import (
     BlockedFile,
     Facts,
     HostIndex,
+    Stored,
     place_of,
     prefix_of,
     read_marker,
 )
+from numina_finetune.checkpoint.finite import WIDEST, nonfinite_in
 from numina_finetune.checkpoint.shards import ShardReader, fetch
 from numina_finetune.checkpoint.upload import read_index, small_files
 from numina_finetune.errors import CheckpointError
@@ -144,20 +146,38 @@ class OpenCheckpoint:
         return {file: self._read(name) for file, name in small_files(self._indices, host).items()}
 
     def hash_faults(self) -> Iterator[str]:
-        """Read every byte; what differs from what was committed."""
+        """Read every byte; what differs from what was committed, and tensors with values that are not finite."""
         store, prefix = self.checkpoint.store, self.checkpoint.prefix
         for name, facts in self.files.items():
             checksum, address = google_crc32c.Checksum(), store.address(prefix + name)
+            pieces, wrong = self._pieces.get(name, []), dict[str, None]()
             try:
                 for start in range(0, facts.size, _HASHED_AT_ONCE):
                     end = min(start + _HASHED_AT_ONCE, facts.size)
-                    checksum.update(store.read(prefix + name, generation=facts.generation, start=start, end=end))
+                    # A value may begin in one part and end in the next.
+                    more = min(end + WIDEST, facts.size)
+                    data = store.read(prefix + name, generation=facts.generation, start=start, end=more)
+                    checksum.update(data[: end - start])
+                    wrong |= dict.fromkeys(nonfinite_in(data, start, end, pieces))
             except NotFound:
                 yield f"{address} is missing"
                 continue
             found = bytes(checksum.digest()).hex()
             if found != facts.crc32c:
                 yield f"{address} has crc32c {found}, committed was {facts.crc32c}"
+            yield from (f"{address}: {tensor} has values that are not finite" for tensor in wrong)
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[Stored]]:
+        """What lies in each file of shards; nothing where an index is damaged, which its own checksum tells."""
+        found: dict[str, list[Stored]] = {}
+        try:
+            for index in self._indices.values():
+                for stored in index.pieces:
+                    found.setdefault(stored.file, []).append(stored)
+        except (Damaged, NotFound):
+            return {}
+        return found
 
     @cached_property
     def _indices(self) -> dict[int, HostIndex]:

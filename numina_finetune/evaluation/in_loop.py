@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from numina_finetune.evaluation.tasks import Problems, Task, find_task, load_pro
 from numina_finetune.models.load import load_config
 from numina_finetune.models.tokenizer import load_tokenizer
 from numina_finetune.train.accuracy import Accuracy, MeasureAccuracy
-from numina_finetune.train.backend import Backend, Decoding
+from numina_finetune.train.backend import Backend, Decoding, DecodingStopped
 
 
 def faults(config: RunConfig) -> list[str]:
@@ -52,10 +53,13 @@ def make_evaluator(
         pad_id=int(tokenizer.pad_token_id),
         batch_size=rows,
     )
-    solve = solve_directly(prompts, backend.generate, decoding)
 
     def measure(stop: Callable[[], bool]) -> Accuracy | None:
-        records = run_batches(asked, solve, samples=1, rows=rows, stop=stop)
+        solve = solve_directly(prompts, partial(backend.generate, stop=stop), decoding)
+        try:
+            records = run_batches(asked, solve, samples=1, rows=rows, stop=stop)
+        except DecodingStopped:
+            return None
         if records is None:
             return None
         found = figures(records, asked.style)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from numina_finetune import storage
 from numina_finetune.checkpoint.shards import ShardReader
 from numina_finetune.config import RunConfig
+from numina_finetune.errors import CheckpointError
 from numina_finetune.models.load import base_weights
 from numina_finetune.models.lora import add_adapters, lora_config
 from numina_finetune.models.ranges import LENGTH_BYTES, STORED_TYPES
@@ -100,7 +101,8 @@ def export_adapter(
     trained = CheckpointWeights(shards)
     with _building(destination) as folder:
         tensors = {
-            f"base_model.model.{theirs}": trained.read(ours) for ours, theirs in _peft_names(run, config).items()
+            f"base_model.model.{theirs}": finite(ours, trained.read(ours))
+            for ours, theirs in _peft_names(run, config).items()
         }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         described = lora_config(run, config.model_type)
@@ -158,9 +160,23 @@ def _write_file(path: Path, planned: Mapping[str, torch.Tensor], read: Callable[
     with path.open("xb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name, like in planned.items():
-            _write_tensor(file, read(name), like.dtype)
+            _write_tensor(file, finite(name, read(name)), like.dtype)
         file.flush()
         os.fsync(file.fileno())
+
+
+def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is.
+
+    Raises:
+        CheckpointError: it has values that are not finite, which nobody can use.
+    """
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.reshape(-1), _CAST)):
+        raise CheckpointError(
+            f"{name} has values that are not finite, and is not exported: the training diverged; take an earlier "
+            "checkpoint (numina-finetune checkpoints list, export --step)"
+        )
+    return tensor
 
 
 def _write_tensor(file: BinaryIO, tensor: torch.Tensor, dtype: torch.dtype) -> None:

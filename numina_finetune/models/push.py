@@ -9,9 +9,11 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import safe_open
 
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError, PushFailed
+from numina_finetune.models.export import finite
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,13 @@ def push(folder: Path, model_id: str, *, private: bool, again: str) -> str:
 
     Raises:
         ConfigError: the hub refuses it.
+        CheckpointError: the model has weights that are not finite.
         PushFailed: it could not be reached, or had a fault; the folder stays, and the push can be made again.
     """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                finite(name, file.get_tensor(name))
     api = HfApi()
     try:
         made = api.create_repo(model_id, private=private or None, exist_ok=True)

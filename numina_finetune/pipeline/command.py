@@ -21,6 +21,7 @@ _OUTCOMES = {
     ExitCode.PREEMPTED: "preempted",
     ExitCode.STOPPED: "stopped",
     ExitCode.CONFIGURATION: "configuration",
+    ExitCode.DIVERGED: "diverged",
 }
 """As ``outcome.json`` names them; any other end is a crash."""
 

@@ -21,6 +21,7 @@ class Ending(StrEnum):
     PREEMPTED = "preempted"
     CRASHED = "crashed"
     CONFIGURATION = "configuration"
+    DIVERGED = "diverged"
     STOPPED = "stopped"
     STALLED = "stalled"
 
@@ -59,7 +60,7 @@ def judge(life: Life) -> Verdict:
         outcome = kinds[by]
         return Verdict(kind, step, f"{outcome.get('reason', '')} ({outcome.get('host', 'a worker')})")
 
-    for kind in (Ending.DONE, Ending.CONFIGURATION, Ending.PREEMPTED, Ending.STOPPED):
+    for kind in (Ending.DONE, Ending.CONFIGURATION, Ending.DIVERGED, Ending.PREEMPTED, Ending.STOPPED):
         if kind in kinds:
             return told(kind, kind)
     if not life.machine_sound:
@@ -73,6 +74,7 @@ def _by_exit_codes(life: Life, step: int | None) -> Verdict:
     codes = [code for code in life.exit_codes if code is not None]
     for code, kind in (
         (ExitCode.CONFIGURATION, Ending.CONFIGURATION),
+        (ExitCode.DIVERGED, Ending.DIVERGED),
         (ExitCode.PREEMPTED, Ending.PREEMPTED),
         (ExitCode.STOPPED, Ending.STOPPED),
     ):
@@ -126,6 +128,8 @@ def charge(spent: Spent, verdict: Verdict, saved_step: int, budgets: Budgets) ->
         return replace(spent, preemptions=spent.preemptions + 1), ""
     if verdict.ending == Ending.CONFIGURATION:
         return spent, f"a configuration or data error, which no retry can mend: {verdict.reason}"
+    if verdict.ending == Ending.DIVERGED:
+        return spent, f"the training diverged, which no retry can mend: {verdict.reason}"
     if verdict.ending == Ending.STALLED:
         spent = replace(spent, stalls=spent.stalls + 1, restarts=spent.restarts + 1)
         over = spent.stalls >= budgets.max_stalls

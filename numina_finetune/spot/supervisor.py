@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 _DELETING = (State.REFUSED, State.PREEMPTED, State.CRASHED, State.STALLED, State.DONE, State.FAILED, State.STOPPED)
 _STORAGE_PATIENCE = 600.0
 """Seconds without the run's place after which a supervisor ends; the machine stays, and the next one goes on."""
-_EXIT_CODES = {"done": ExitCode.DONE, "stopped": ExitCode.STOPPED, "configuration": ExitCode.CONFIGURATION}
+_EXIT_CODES = {
+    "done": ExitCode.DONE,
+    "stopped": ExitCode.STOPPED,
+    "configuration": ExitCode.CONFIGURATION,
+    "diverged": ExitCode.DIVERGED,
+}
 
 
 class Supervisor:
@@ -189,7 +194,8 @@ class Supervisor:
             changes["spent"] = spent
             if over:
                 event = Event.HOPELESS
-                kind = "configuration" if verdict.ending == Ending.CONFIGURATION else "failed"
+                final = verdict.ending in (Ending.CONFIGURATION, Ending.DIVERGED)
+                kind = str(verdict.ending) if final else "failed"
                 changes |= {"verdict": kind, "reason": over}
             elif event == Event.CRASHED:
                 event = Event.CRASHED_AGAIN if record.crashes_here else event

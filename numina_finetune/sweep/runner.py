@@ -134,9 +134,6 @@ class Runner:
     def _end(self, each: _Running) -> Standing:
         """Look a last time, and say what became of the trial."""
         standing = standing_of(each.trial)
-        if standing.outcome == "crashed":  # ten skipped steps in a row end a training faster than it is looked at
-            self._watch(each)
-            standing = standing_of(each.trial)
         logger.info("%s: %s at step %d", standing.name, standing.outcome, standing.step)
         if not standing.finished and self.signal is None:
             lines = log_of(each.trial).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]

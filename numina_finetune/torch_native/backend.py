@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
@@ -132,6 +133,12 @@ class NativeBackend:
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
         return metrics_from_rows(torch.stack(list(metrics)).cpu())
 
+    def nonfinite(self) -> list[str]:
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in self._parameters.values()]
+        flags = torch.stack([(~torch.isfinite(part.detach())).any() for part in parts])
+        wrong = self._sum_over_processes(flags.float()).tolist()
+        return [name for name, count in zip(self._parameters, wrong, strict=True) if count]
+
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         self._module.eval()
@@ -144,8 +151,13 @@ class NativeBackend:
         return loss, int(tokens)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        ended: Ended | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
+        in_step = self.process_count == 1 or self._sharded is not None
         with at_rest(self._model), self._forward_passes(), explained(self.device):
             own = decode(
                 PlainDecoder(self._model, self._decode_step),
@@ -155,6 +167,7 @@ class NativeBackend:
                 rows=-(-decoding.batch_size // self.process_count),
                 share=(self.process_index, self.process_count),
                 any_busy=self.processes.any if self._sharded else None,
+                stop=stop if in_step else None,
             )
         by_prompt = {number: row for found in self.processes.gather(own) for number, row in found.items()}
         return [by_prompt[number] for number in range(len(prompts))]

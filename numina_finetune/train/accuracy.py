@@ -30,5 +30,5 @@ class Accuracy:
 
 
 MeasureAccuracy = Callable[[Callable[[], bool]], Accuracy | None]
-"""Measures the model as the backend holds it; None where it is told, between two batches, that it is to stop. Both
+"""Measures the model as the backend holds it; None where it is told on the way that it is to stop. Both
 are the same on every process. Collective."""

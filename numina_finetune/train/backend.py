@@ -23,9 +23,9 @@ from numina_finetune.train.speed import Chips
 DeviceBatch = Mapping[str, torch.Tensor]
 """``input_ids, labels, segment_ids, position_ids`` on the device, int32 ``[batch, seq]``."""
 DeviceMetrics = torch.Tensor
-"""fp32 ``[7 or 8]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made, what
-:func:`numina_finetune.train.noise.signal_and_noise` gives or NaN, and where experts take a limited number of tokens,
-the share of assignments that were dropped."""
+"""fp32 ``[8 or 9]`` on the device: mean loss, gradient norm, supervised tokens, tokens, 1 if the update was made, the
+trained weights' norm after it, what :func:`numina_finetune.train.noise.signal_and_noise` gives or NaN, and where
+experts take a limited number of tokens, the share of assignments that were dropped."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class StepMetrics:
     """Tokens that are not padding."""
     applied: bool
     """False where a non-finite loss or gradient made the device skip the update."""
+    weight_norm: float
+    """Global norm of the trained weights after the step; not finite where any of them is not."""
     signal: float | None = None
     """|G|², the true gradient's squared norm as this step alone shows it; None where it is not measured."""
     noise: float | None = None
@@ -70,6 +72,10 @@ class Decoding:
     """Of so many of the likeliest tokens; 0 = of all."""
     seed: int = 0
     """What is drawn depends on it and on the prompt, not on what else is decoded."""
+
+
+class DecodingStopped(Exception):
+    """What was to be decoded was given up."""
 
 
 Ended = Callable[[list[int]], bool]
@@ -119,11 +125,18 @@ class Backend(Protocol):
     def read(self, metrics: Sequence[DeviceMetrics]) -> list[StepMetrics]:
         """The one place where training metrics come to the host, in one transfer."""
 
+    def nonfinite(self) -> list[str]:
+        """Hugging Face names of the parameters, frozen ones too, that hold values that are not finite. Collective."""
+
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         """Summed loss and supervised tokens, over all processes."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        ended: Ended | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """New tokens of each prompt, in order, with the token that ended the row; the same on every process.
 
@@ -132,9 +145,12 @@ class Backend(Protocol):
         Args:
             ended: is asked on the host every few tokens, and ends a row that no stop token would end; the row may come
                 back a few tokens longer than where it became true.
+            stop: whether to give up, the same on every process; asked every few tokens and before each compilation,
+                where all processes decode in step.
 
         Raises:
             ValueError: an empty prompt.
+            DecodingStopped: as ``stop`` says.
         """
 
     def snapshot(self) -> list[Shard]:
@@ -157,14 +173,14 @@ class Backend(Protocol):
 
 
 def metrics_from_rows(rows: torch.Tensor) -> list[StepMetrics]:
-    """``[steps, 7 or 8]`` on the host to one record a step."""
+    """``[steps, 8 or 9]`` on the host to one record a step."""
     return [
         StepMetrics(
-            *(loss, norm, int(supervised), int(tokens), bool(applied)),
+            *(loss, norm, int(supervised), int(tokens), bool(applied), weight_norm),
             *((signal, noise) if applied and math.isfinite(signal + noise) else (None, None)),
             *dropped,
         )
-        for loss, norm, supervised, tokens, applied, signal, noise, *dropped in rows.tolist()
+        for loss, norm, supervised, tokens, applied, weight_norm, signal, noise, *dropped in rows.tolist()
     ]
 
 

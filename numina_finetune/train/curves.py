@@ -13,6 +13,21 @@ _NAMED = 10
 """Steps that stood out, by number in the last line."""
 
 
+PREVIEW = "numina-finetune data preview, with the run's data options and"
+"""What prints rows of a run."""
+
+
+def skipped_line(record: Record) -> str | None:
+    """A line on a step that was skipped; None for any other."""
+    if record.get("applied", True):
+        return None
+    first, last = record["rows"]
+    return (
+        f"warning: step {record['step']} was skipped: loss {record['loss']:.4g}, gradient norm "
+        f"{record['grad_norm']:.4g}; it took rows {first} to {last} ({PREVIEW} --run-rows {first}-{last})"
+    )
+
+
 class Curves:
     """Follows the records of the steps in their order. A later life begins with those of the earlier ones, and so
     finds what a life that was never stopped would have found."""
@@ -25,6 +40,7 @@ class Curves:
         self._rows_per_step = rows_per_step
         self._watch, self._noise = SpikeWatch(spike_factor), NoiseScale()
         self._spikes: list[int] = []
+        self._skipped: list[int] = []
 
     def resume(self, metrics: Metrics) -> None:
         """Take in what earlier lives left on record."""
@@ -32,13 +48,19 @@ class Curves:
         for record in counted[-max(noise.WINDOW, spikes.WINDOW) :]:
             self._look(record)
         self._spikes = [int(record["step"]) for record in metrics.spikes]
+        self._skipped = [int(record["step"]) for record in metrics.steps if not record.get("applied", True)]
 
     def take(self, record: Record, first_row: int) -> tuple[Record, Record | None]:
-        """The record with the noise scale, if there is one, and a record of its own if the step stands out.
+        """The record with the noise scale, if there is one, or the rows of a step that was skipped; and a record of its
+        own if the step stands out.
 
         Args:
             first_row: of those that the step took.
         """
+        rows = [first_row, first_row + self._rows_per_step - 1]
+        if not record.get("applied", True):
+            self._skipped.append(record["step"])
+            return record | {"rows": rows}, None
         spike = self._look(record)
         batches = self._noise.batches if "gradient_noise" in record else None
         if batches is not None:
@@ -52,7 +74,7 @@ class Curves:
             "grad_norm": spike.grad_norm,
             "usual_grad_norm": spike.usual_grad_norm,
             "above": list(spike.above),
-            "rows": [first_row, first_row + self._rows_per_step - 1],
+            "rows": rows,
         }
         return record, {"step": record["step"], "spike": found, "life": record["life"]}
 
@@ -65,19 +87,21 @@ class Curves:
         return (
             f"warning: step {step} stands out: loss {found['loss']:.4f} (usual: {found['usual_loss']:.4f}), gradient "
             f"norm {found['grad_norm']:.4g} (usual: {found['usual_grad_norm']:.4g}); it took rows {first} to {last} "
-            f"(numina-finetune data preview, with the run's data options and --run-rows {first}-{last})"
+            f"({PREVIEW} --run-rows {first}-{last})"
         )
 
     @property
     def summary(self) -> str | None:
-        """The last line on the steps of all lives that stood out; None if none did."""
-        if not self._spikes:
-            return None
-        named = ", ".join(map(str, self._spikes[:_NAMED])) + (", …" if len(self._spikes) > _NAMED else "")
-        return (
-            f"steps that stood out by their loss or gradient norm: {len(self._spikes)} ({named}); "
-            "metrics.jsonl has what was usual then, and their rows"
+        """The last lines on the steps of all lives that stood out or were skipped; None if there are none."""
+        kinds = (
+            (self._spikes, "that stood out by their loss or gradient norm", "what was usual then, and their rows"),
+            (self._skipped, "skipped as not finite", "their rows"),
         )
+        lines = []
+        for steps, what, more in kinds:
+            named = ", ".join(map(str, steps[:_NAMED])) + (", …" if len(steps) > _NAMED else "")
+            lines += [f"steps {what}: {len(steps)} ({named}); metrics.jsonl has {more}"] if steps else []
+        return "\n".join(lines) or None
 
     def _look(self, record: Record) -> Spike | None:
         if not record.get("applied", True):

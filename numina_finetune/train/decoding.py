@@ -11,7 +11,7 @@ import torch
 
 from numina_finetune.models.generation import READ_EVERY, Prompts
 from numina_finetune.models.sampling import uniforms
-from numina_finetune.train.backend import Decoding, Ended
+from numina_finetune.train.backend import Decoding, DecodingStopped, Ended
 
 LEAST_TEMPERATURE = 1e-5
 """A temperature above 0 and below this one would overflow the scores that it divides."""
@@ -49,6 +49,7 @@ def decode(
     rows: int,
     share: tuple[int, int] = (0, 1),
     any_busy: Callable[[bool], bool] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[int, list[int]]:
     """New tokens by the prompt's number, see :meth:`numina_finetune.train.backend.Backend.generate`.
 
@@ -62,6 +63,8 @@ def decode(
 
     Raises:
         ValueError: an empty prompt.
+        DecodingStopped: as ``stop`` says, which is asked before each batch, before its second token (whose program may
+            have to be compiled) and wherever tokens are read.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: give at least one token")
@@ -75,13 +78,14 @@ def decode(
     if any_busy is not None:  # a process that has none left decodes the last one along with its owner
         own += batches[-1:] * (-(-len(batches) // share[1]) - len(own))
     for batch in own:
+        _go_on(stop)
         longest = len(prompts[batch[0]])
         held, width = decoder.shape(len(batch), longest)
         filled = batch + batch[-1:] * (held - len(batch))
         given = _prompts(
             [prompts[number] for number in filled], [repeats[number] for number in filled], width, decoding
         )
-        completions = _decode_batch(decoder, given, len(batch), decoding, ended, any_busy or bool)
+        completions = _decode_batch(decoder, given, len(batch), decoding, ended, any_busy or bool, stop)
         found |= dict(zip(batch, completions, strict=True))
     return found
 
@@ -122,16 +126,20 @@ def _decode_batch(
     decoding: Decoding,
     ended: Ended | None,
     any_busy: Callable[[bool], bool],
+    stop: Callable[[], bool] | None,
 ) -> list[list[int]]:
     """New tokens of the first ``real`` rows; the others only fill the batch up."""
     completions: list[list[int]] = [[] for _ in range(real)]
     over = [False] * real + [True] * (len(prompts.ids) - real)
     decoder.begin(prompts, decoding.max_new_tokens)
     for count in range(1, decoding.max_new_tokens + 1):
+        if count == 2:
+            _go_on(stop)
         if count > 1:
             decoder.advance()
         if count % READ_EVERY and count < decoding.max_new_tokens:
             continue
+        _go_on(stop)
         newest = decoder.recent()[:real, : (count - 1) % READ_EVERY + 1].tolist()
         for row, tokens in enumerate(newest):
             if not over[row]:
@@ -143,6 +151,11 @@ def _decode_batch(
         if ended is not None:
             decoder.end(torch.tensor(over))
     return completions
+
+
+def _go_on(stop: Callable[[], bool] | None) -> None:
+    if stop is not None and stop():
+        raise DecodingStopped
 
 
 def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:

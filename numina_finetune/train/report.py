@@ -15,13 +15,17 @@ from accelerate import Accelerator
 from numina_finetune import storage
 from numina_finetune.checkpoint.manager import Saved
 from numina_finetune.train.backend import StepMetrics
-from numina_finetune.train.curves import Curves
+from numina_finetune.train.curves import PREVIEW, Curves, skipped_line
 from numina_finetune.train.display import OPTIONAL_FIGURES, Display, clock
-from numina_finetune.train.metrics import Record, is_evaluation, life_of, parse_metrics, productive_seconds
+from numina_finetune.train.metrics import Record, life_of, parse_metrics, productive_seconds
 from numina_finetune.train.place import METRICS
 from numina_finetune.train.speed import Chips, Seconds, TokenFlops, utilisation
 
 logger = logging.getLogger(__name__)
+
+
+EVALUATION_KEY = "eval_key"
+"""Of an evaluation's record: what was measured."""
 
 
 class Report:
@@ -42,6 +46,7 @@ class Report:
         chips: Chips,
         rows_per_step: int,
         spike_factor: float,
+        publish: Callable[[], None] = lambda: None,
     ) -> None:
         """The account of one life.
 
@@ -49,7 +54,9 @@ class Report:
             began: when it did, by the monotonic clock.
             committed: tells the step of the newest checkpoint.
             spike_factor: see :class:`numina_finetune.train.spikes.SpikeWatch`.
+            publish: stores ``metrics.jsonl`` in the run's place.
         """
+        self._publish, self._evaluations = publish, dict[int, Record]()
         self._path, self._accelerator = run / METRICS, accelerator
         self._life, self._step, self._total = life, step, total_steps
         self._active = active
@@ -61,7 +68,9 @@ class Report:
         if active:
             lost = _keep_records_up_to(self._path, step, life)
             if self._path.is_file():
-                self._curves.resume(parse_metrics(self._path.read_text(encoding="utf-8")))
+                metrics = parse_metrics(self._path.read_text(encoding="utf-8"))
+                self._curves.resume(metrics)
+                self._evaluations = {int(record["step"]): record for record in metrics.evaluations}
             if lost:
                 self._write(*lost)
 
@@ -102,27 +111,43 @@ class Report:
         records, spikes = self._follow(records, rows)
         self._write(*records)
         for record in records:
-            numbers = {key: value for key, value in record.items() if key not in ("step", "life", "time")}
+            left_out = ("step", "life", "time", "rows")
+            numbers = {key: value for key, value in record.items() if key not in left_out}
             self._accelerator.log(numbers, step=record["step"])
         self._step_seconds += [speed["seconds_per_step"]] * count
         self._show(records[-1])
         if spikes:
             self._write(*spikes)
-        for line in filter(None, map(self._curves.told, spikes)):
+        for line in filter(None, (*map(skipped_line, records), *map(self._curves.told, spikes))):
             self._say(line)
 
-    def log_evaluation(self, step: int, figures: Mapping[str, float], line: str) -> None:
-        """Record what the evaluation after ``step`` found.
+    def name_row(self, step: int, row: int | None) -> None:
+        """Say which row of a skipped step is the first whose own loss is not finite; None = no single row's is."""
+        if self._active and row is not None:
+            self._say(
+                f"warning: row {row} is the first of step {step} whose own loss is not finite ("
+                f"{PREVIEW} --run-rows {row}-{row})"
+            )
+
+    def log_evaluation(self, step: int, figures: Mapping[str, float], line: str, key: str) -> None:
+        """Record what the evaluation after ``step`` found, durably.
 
         Args:
             figures: by name, each beginning with ``eval_``.
             line: the same for a person.
+            key: what was measured, see :func:`numina_finetune.train.trainer.evaluation_key`.
         """
         if self._active:
-            self._write({"step": step, **figures, "life": self._life})
+            self._write({"step": step, **figures, EVALUATION_KEY: key, "life": self._life})
             self._accelerator.log(dict(figures), step=step)
             self._say(f"step {step}/{self._total}  {line}")
+            self._publish()
         self._since = time.monotonic()
+
+    def evaluation_at(self, step: int, key: str) -> Record | None:
+        """What earlier lives found of the state after ``step``, where they measured the same."""
+        found = self._evaluations.get(step)
+        return found if found is not None and found.get(EVALUATION_KEY) == key else None
 
     def log_checkpoint(self, saved: Saved) -> None:
         """Record what a checkpoint cost."""
@@ -174,6 +199,7 @@ def _record(step: int, metric: StepMetrics, learning_rate: float, speed: Mapping
         "loss": metric.loss,
         "learning_rate": learning_rate,
         "grad_norm": metric.grad_norm,
+        "weight_norm": metric.weight_norm,
         "supervised_tokens": metric.supervised,
         "tokens": metric.tokens,
         **({} if metric.dropped_share is None else {"dropped_share": metric.dropped_share}),
@@ -188,8 +214,6 @@ def _record(step: int, metric: StepMetrics, learning_rate: float, speed: Mapping
 def _keep_records_up_to(path: Path, step: int, life: int) -> list[Record]:
     """Forget what earlier lives did after their last checkpoint: ``life`` makes those steps again.
 
-    The evaluation after the checkpoint's own step is among it: saves come before evaluations.
-
     Returns:
         What was lost by it, one record for each earlier life, of which at least the logged steps are known.
     """
@@ -200,8 +224,7 @@ def _keep_records_up_to(path: Path, step: int, life: int) -> list[Record]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-            keep = record["step"] < step or (record["step"] == step and not is_evaluation(record))
-            (kept if keep else dropped).append(line + "\n")
+            (kept if record["step"] <= step else dropped).append(line + "\n")
         except ValueError:  # a line cut off by a kill
             logger.info("dropped an incomplete line of %s", path)
     storage.write_text(path, "".join(kept))

@@ -23,7 +23,7 @@ from numina_finetune.checks import backend_faults, config_faults
 from numina_finetune.config import RunConfig
 from numina_finetune.data.dataset import tokenizer_hash
 from numina_finetune.data.sources import preflight
-from numina_finetune.errors import ConfigError, ExitCode, PushFailed, UserError
+from numina_finetune.errors import ConfigError, ExitCode, PushFailed, TrainingDiverged, UserError
 from numina_finetune.mesh import parse_mesh
 from numina_finetune.models.card import model_card
 from numina_finetune.models.export import export_adapter, export_model, trained_weights
@@ -117,7 +117,12 @@ def train(
     try:
         finished = life.run()
     except BaseException as error:
-        kind = {PushFailed: "crashed", UserError: "configuration", KeyboardInterrupt: "stopped"}
+        kind = {
+            PushFailed: "crashed",
+            TrainingDiverged: "diverged",
+            UserError: "configuration",
+            KeyboardInterrupt: "stopped",
+        }
         name = next((name for cls, name in kind.items() if isinstance(error, cls)), "crashed")
         life.finish(name, "".join(traceback.format_exception_only(error)).strip())
         raise
@@ -243,6 +248,7 @@ class _Life:
             chips=backend.chips,
             rows_per_step=plan.batch.global_batch,
             spike_factor=config.loss_spike_factor,
+            publish=lambda: self.place.publish(METRICS),
         )
         trainer = Trainer(
             config,

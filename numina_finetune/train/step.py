@@ -58,6 +58,7 @@ def optimizer_step(
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)
     guarded_update(optimizer, learning_rate, applied)
+    weight_norm = total_norm([p.detach() for p in parameters if p.requires_grad], foreach)
     for parameter in parameters:
         parameter.grad = None
     if gradient_noise:
@@ -65,7 +66,9 @@ def optimizer_step(
         parts = signal_and_noise(optimizer, clipped, partial(total_norm, foreach=foreach))
     else:
         parts = loss.new_full((2,), torch.nan)
-    return torch.cat([torch.stack([loss, norm.float(), supervised, tokens, applied.float()]), parts])
+    return torch.cat(
+        [torch.stack([loss, norm.float(), supervised, tokens, applied.float(), weight_norm.float()]), parts]
+    )
 
 
 def total_norm(tensors: list[torch.Tensor], foreach: bool | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,17 @@ class XlaBackend:
         self._traffic.leave_out()
         return metrics_from_rows(rows)
 
+    def nonfinite(self) -> list[str]:
+        stacking, names, flags = self._placed.stacking, list[str](), []
+        for held, parameter in self._placed.parameters.items():
+            members = stacking.members(held) if stacking else [held]
+            names += members
+            own = range(1 if len(members) > 1 else 0, parameter.ndim)
+            flags.append((~torch.isfinite(parameter.detach())).float().amax(tuple(own)).reshape(-1))
+        wrong = torch.cat(flags).cpu().tolist()
+        self._traffic.leave_out()
+        return [name for name, found in zip(names, wrong, strict=True) if found]
+
     def evaluate(self, batches: Iterable[DeviceBatch]) -> tuple[float, int]:
         losses, counts = [], []
         self._placed.module.eval()
@@ -132,11 +143,15 @@ class XlaBackend:
         return totals
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, ended: Ended | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        ended: Ended | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         decoder = MeshDecoder(self._placed, self.device, decoding.batch_size)
         with self._traffic.generating(), decoder.at_rest():
-            found = decode(decoder, prompts, decoding, ended, rows=decoder.rows)
+            found = decode(decoder, prompts, decoding, ended, rows=decoder.rows, stop=stop)
         return [found[number] for number in range(len(prompts))]
 
     def snapshot(self) -> list[Shard]:
