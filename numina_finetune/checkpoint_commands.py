@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -244,7 +244,7 @@ def _hashed(checkpoint: Checkpoint) -> Iterator[str]:
 
     def hashed(name: str) -> tuple[str, list[str]]:
         try:
-            return name, list(replace(opened, files={name: opened.files[name]}).hash_faults())
+            return name, list(opened.hash_faults(name))
         except OSError as error:  # the disk cannot read it, or this account may not
             return name, [f"{checkpoint.address}/{name} cannot be read: {error.strerror}"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import google_crc32c
 
+from numina_finetune.checkpoint.finite import WIDEST, nonfinite_in
 from numina_finetune.checkpoint.layout import (
     CHECKPOINTS,
     COMMITTED,
@@ -25,7 +26,6 @@ from numina_finetune.checkpoint.layout import (
     prefix_of,
     read_marker,
 )
-from numina_finetune.checkpoint.finite import WIDEST, nonfinite_in
 from numina_finetune.checkpoint.shards import ShardReader, fetch
 from numina_finetune.checkpoint.upload import read_index, small_files
 from numina_finetune.errors import CheckpointError
@@ -145,10 +145,14 @@ class OpenCheckpoint:
         """
         return {file: self._read(name) for file, name in small_files(self._indices, host).items()}
 
-    def hash_faults(self) -> Iterator[str]:
-        """Read every byte; what differs from what was committed, and tensors with values that are not finite."""
+    def hash_faults(self, only: str | None = None) -> Iterator[str]:
+        """Read every byte; what differs from what was committed, and tensors with values that are not finite.
+
+        Args:
+            only: the file to be read; None = all.
+        """
         store, prefix = self.checkpoint.store, self.checkpoint.prefix
-        for name, facts in self.files.items():
+        for name, facts in self.files.items() if only is None else [(only, self.files[only])]:
             checksum, address = google_crc32c.Checksum(), store.address(prefix + name)
             pieces, wrong = self._pieces.get(name, []), dict[str, None]()
             try:

@@ -28,12 +28,13 @@ _SETTLE = 120.0
 _OUTCOME = re.compile(r"attempts/(\d+)/outcome(?:\.process-\d+)?\.json")
 _STARTED = re.compile(r"attempts/(\d+)/")
 _COMMITTED = re.compile(r"checkpoints/step-(\d+)/.*COMMITTED")
-_DECISIVE = (Ending.DONE, Ending.CONFIGURATION, Ending.PREEMPTED, Ending.STOPPED)
+_DECISIVE = (Ending.DONE, Ending.CONFIGURATION, Ending.DIVERGED, Ending.PREEMPTED, Ending.STOPPED)
 _ENDINGS = {
     Ending.DONE: Event.FINISHED,
     Ending.PREEMPTED: Event.PREEMPTED,
     Ending.CRASHED: Event.CRASHED,
     Ending.CONFIGURATION: Event.HOPELESS,
+    Ending.DIVERGED: Event.HOPELESS,
     Ending.STOPPED: Event.SILENT,
     Ending.STALLED: Event.STALLED,
 }
@@ -177,7 +178,7 @@ class Watch:
         if decided or gone or (self._ended(heard) and self._grace_is_over()):
             codes = [status.exit_code for status in heard.values()]
             verdict = judge(Life(outcomes, codes, machine_sound=not gone, steps=step))
-            if verdict.ending in (Ending.CRASHED, Ending.CONFIGURATION):
+            if verdict.ending in (Ending.CRASHED, Ending.CONFIGURATION, Ending.DIVERGED):
                 verdict = Verdict(verdict.ending, verdict.step, f"{verdict.reason}\n{log_tail(self._store, name)}")
             if record.state == State.STOPPING and verdict.ending != Ending.DONE:
                 return Finding(Event.SILENT, record.reason, verdict.step)

@@ -43,7 +43,7 @@ class StepMetrics:
     applied: bool
     """False where a non-finite loss or gradient made the device skip the update."""
     weight_norm: float
-    """Global norm of the trained weights after the step; not finite where any of them is not."""
+    """Global norm of the trained weights after the step: not finite where one of them is not."""
     signal: float | None = None
     """|G|², the true gradient's squared norm as this step alone shows it; None where it is not measured."""
     noise: float | None = None

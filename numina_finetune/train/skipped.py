@@ -29,27 +29,29 @@ class SkippedSteps:
         """Steps in a row, up to now, that were skipped."""
         return len(self.tokens)
 
-    def take(self, step: int, metric: StepMetrics, nonfinite: Callable[[], Sequence[str]], saved: int) -> None:
+    def take(
+        self, step: int, metric: StepMetrics, nonfinite: Callable[[], Sequence[str]], saved: Callable[[], int]
+    ) -> None:
         """The next step.
 
         Args:
             nonfinite: names the parameters that are not finite. Collective.
-            saved: step of the newest checkpoint; 0 where there is none.
+            saved: step of the newest checkpoint, one on its way included; 0 where there is none. Collective.
 
         Raises:
             TrainingDiverged: its update made weights that are not finite, or the streak is too long.
         """
-        if not math.isfinite(metric.weight_norm):
-            names = nonfinite()
+        # The norm of finite weights may still overflow.
+        if not math.isfinite(metric.weight_norm) and (names := nonfinite()):
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             raise TrainingDiverged(
-                f"the weights after step {step} are not finite: {', '.join(names[:_NAMED])}{more}; {_what_now(saved)}"
+                f"the weights after step {step} are not finite: {', '.join(names[:_NAMED])}{more}; {_what_now(saved())}"
             )
         self.tokens = [] if metric.applied else [*self.tokens, metric.tokens]
         if self.streak >= MAX_IN_A_ROW:
             raise TrainingDiverged(
                 f"the {self.streak} steps {step - self.streak + 1} to {step} were skipped, one after the other, since "
-                f"their loss or gradients are not finite; {_what_now(saved)}"
+                f"their loss or gradients are not finite; {_what_now(saved())}"
             )
 
     def give_up(self, step: int, saved: int) -> TrainingDiverged:

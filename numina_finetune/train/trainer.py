@@ -166,7 +166,7 @@ class Trainer:
         """Look for skipped steps among those just read, and for weights that are not finite."""
         for step, metric in enumerate(metrics, self._progress.step - len(metrics) + 1):
             begins = not self._skipped.streak
-            self._skipped.take(step, metric, self._backend.nonfinite, self._checkpoints.committed_step or 0)
+            self._skipped.take(step, metric, self._backend.nonfinite, self._saved)
             if self._skipped.streak and begins and not self._stop_wanted():
                 self._report.name_row(step, self._infinite_row(step))
 
@@ -209,8 +209,14 @@ class Trainer:
         last = self._progress.rows - self._skipped.streak * self._plan.batch.global_batch
         before = self._loss_of(last - self._plan.batch.rows_per_micro_batch, last) if last > 0 else math.nan
         if not math.isfinite(before):
-            raise self._skipped.give_up(self._progress.step, self._checkpoints.committed_step or 0)
+            raise self._skipped.give_up(self._progress.step, self._saved())
         self._skipped, self._save_put_off = SkippedSteps(), False
+
+    def _saved(self) -> int:
+        """Step of the newest checkpoint, once none is on its way; 0 = there is none."""
+        self._checkpoints.finish()
+        self._report_saves()
+        return self._checkpoints.committed_step or 0
 
     def _report_saves(self) -> None:
         for saved in self._checkpoints.drain():
