@@ -21,9 +21,12 @@ def outcome(kind: str, step: int | None = 50) -> dict[str, object]:
         (["crashed"], [1, 1], False, Ending.PREEMPTED),  # its worker is gone
         (["crashed"], [1, 1], True, Ending.CRASHED),
         (["configuration"], [2], True, Ending.CONFIGURATION),
+        (["diverged"], [4], True, Ending.DIVERGED),
+        (["diverged"], [1, 1], True, Ending.DIVERGED),  # a launcher turned 4 into 1
         (["stopped"], [130], True, Ending.STOPPED),
         ([], [1, 42], True, Ending.PREEMPTED),
         ([], [2], True, Ending.CONFIGURATION),
+        ([], [4], True, Ending.DIVERGED),
         ([], [130], True, Ending.STOPPED),
         ([], [0], True, Ending.CRASHED),  # nothing says that it is done
         ([], [137], True, Ending.CRASHED),
@@ -44,6 +47,12 @@ def test_preemptions_cost_nothing_however_many() -> None:
         spent, over = charge(spent, Verdict(Ending.PREEMPTED, 10, ""), 0, Budgets())
         assert not over
     assert (spent.preemptions, spent.crashes) == (1000, 0)
+
+
+def test_a_training_that_diverged_is_over_however_much_it_saved() -> None:
+    spent, over = charge(Spent(saved_step=10), Verdict(Ending.DIVERGED, 22, "weights"), 20, Budgets())
+    assert "diverged" in over and "weights" in over
+    assert (spent.crashes, spent.saved_step) == (0, 20)
 
 
 def test_progress_forgives_crashes_and_a_step_that_only_looks_further_does_not() -> None:
