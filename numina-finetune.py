@@ -15,8 +15,10 @@ def _hand_over() -> None:
     if position is None:
         raise ImportError("numina-finetune.py is for `accelerate launch --tpu numina-finetune`: import numina_finetune")
     print("numina-finetune: one SPMD process for all TPU chips of this host, not one for each chip", flush=True)
+    from numina_finetune.launchers import handed_over
+
     command = [sys.executable, "-m", "numina_finetune", *sys.argv[position + 1 :]]
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, handed_over(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -11,21 +11,15 @@ import os
 import signal
 from pathlib import Path
 
+from numina_finetune import accelerate_settings
 from numina_finetune.config import RunConfig
+from numina_finetune.launchers import launcher, set_by_user
 from numina_finetune.metadata import NoAnswer, Service
 from numina_finetune.process_tree import die_with_parent
+from numina_finetune.tpu import pci_chips
 
 _WORKER_NUMBER = "instance/attributes/agent-worker-number"
 """Metadata key of a TPU host's number in its slice."""
-
-
-def launcher() -> str | None:
-    """The launcher that started this process, if one did."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "accelerate launch"
-    return None
 
 
 def stop_with_launcher() -> None:
@@ -76,26 +70,38 @@ def environment_of_command(number: int) -> dict[str, str]:
 def choose_backend(config: RunConfig) -> tuple[str, str]:
     """``xla`` or ``native``, and why.
 
-    ``auto`` takes XLA on a TPU (or where ``PJRT_DEVICE`` asks for a device), else the native backend.
+    ``auto`` goes by what the user set (``PJRT_DEVICE`` asks for XLA, Accelerate's ``--cpu`` for the CPU), and then by
+    the machine: XLA on a TPU, else the native backend. What a library set counts for nothing.
     """
     if config.backend != "auto":
         return config.backend, "asked for by --backend"
-    if device := os.environ.get("PJRT_DEVICE"):
+    device = os.environ.get("PJRT_DEVICE")
+    if device and set_by_user("PJRT_DEVICE"):
         return "xla", f"PJRT_DEVICE={device} is set"
+    if accelerate_settings.asks_for(accelerate_settings.USE_CPU):
+        return "native", f"{accelerate_settings.USE_CPU}={os.environ[accelerate_settings.USE_CPU]} is set"
     if tpu_attached():
         return "xla", "a TPU is attached"
-    return "native", "no TPU is attached; a GPU is used where there is one"
+    why = "no TPU is attached; a GPU is used where there is one"
+    return "native", f"{why}; PJRT_DEVICE={device} was set by torch_xla, not by you" if device else why
 
 
 def tpu_attached() -> bool:
     """Whether this host has TPU chips and the library to drive them."""
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    return bool(_tpu_files()) and importlib.util.find_spec("libtpu") is not None
+
+
+def _tpu_files() -> list[Path]:
+    return [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
 
 
 def prepare_environment(backend: str) -> None:
     """Set what the libraries read at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # With it, transformers leaves the weights of all but one process empty: here each process reads its own.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    if not set_by_user("PJRT_DEVICE"):
+        os.environ.pop("PJRT_DEVICE", None)
     if backend == "native":
         os.environ["USE_TORCH_XLA"] = "false"
         return
@@ -113,8 +119,8 @@ def device_count(backend: str) -> int | None:
     return None
 
 
-def faults(backend: str) -> list[str]:
-    """What in the environment contradicts the backend."""
+def faults(backend: str, options: RunConfig) -> list[str]:
+    """What in the environment contradicts the backend, or asks for what the options do not."""
     found = []
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if backend == "xla" and processes > 1:
@@ -124,9 +130,9 @@ def faults(backend: str) -> list[str]:
         )
     if backend == "xla" and importlib.util.find_spec("torch_xla") is None:
         found.append("--backend xla needs torch_xla, which is not installed: install it, or use --backend native")
-    wish = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wish not in ("no", "bf16"):
+    if backend == "xla" and os.environ.get("PJRT_DEVICE") == "TPU" and not (_tpu_files() or pci_chips()):
         found.append(
-            f"Accelerate's configuration asks for mixed_precision {wish}: set it to 'no' and use --precision bf16"
+            "PJRT_DEVICE=TPU (which `accelerate launch --tpu` means too), and no TPU is attached: leave it out, or set "
+            "PJRT_DEVICE=CPU for XLA on the CPU"
         )
-    return found
+    return found + accelerate_settings.faults(options, backend)

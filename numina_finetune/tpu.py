@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from numina_finetune.errors import ConfigError
 from numina_finetune.spot.shapes import shape_of
@@ -34,13 +35,15 @@ class Chip:
     """Bytes a second over one link in one direction."""
     torus_dimensions: int
     clock_hz: float
+    pci_id: str
+    """Of the device that a chip is on a machine's PCI bus, as JAX knows it (``jax/_src/hardware_utils.py``)."""
 
 
 CHIPS = {
-    "v4": Chip("v4", "v4", int(30.75 * GIB), 275e12, 1.228e12, 45e9, 3, 1.05e9),
-    "v5litepod": Chip("v5e", "v5e", int(15.75 * GIB), 197e12, 0.819e12, 45e9, 2, 1.5e9),
-    "v5p": Chip("v5p", "v5p", int(95.74 * GIB), 459e12, 2.765e12, 90e9, 3, 1.75e9),
-    "v6e": Chip("v6e", "v6e", int(31.25 * GIB), 918e12, 1.64e12, 90e9, 2, 1.75e9),
+    "v4": Chip("v4", "v4", int(30.75 * GIB), 275e12, 1.228e12, 45e9, 3, 1.05e9, "0x005e"),
+    "v5litepod": Chip("v5e", "v5e", int(15.75 * GIB), 197e12, 0.819e12, 45e9, 2, 1.5e9, "0x0063"),
+    "v5p": Chip("v5p", "v5p", int(95.74 * GIB), 459e12, 2.765e12, 90e9, 3, 1.75e9, "0x0062"),
+    "v6e": Chip("v6e", "v6e", int(31.25 * GIB), 918e12, 1.64e12, 90e9, 2, 1.75e9, "0x006f"),
 }
 """By the first part of a type's name."""
 
@@ -85,6 +88,31 @@ class Slice:
     def interconnect(self) -> float:
         """Bytes a second into a chip over all its links, at best: one link along a side of two, none along one."""
         return self.chip.link_bandwidth * sum(min(side - 1, 2) for side in self.grid)
+
+
+_PCI = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+"""The vendor's number on a PCI bus; its network cards have it too."""
+
+
+def pci_chips(bus: Path = _PCI) -> list[Chip]:
+    """The chips that are attached to this machine and are in the table, one entry each."""
+    by_id = {chip.pci_id: chip for chip in CHIPS.values()}
+    devices = [path.parent for path in sorted(bus.glob("*/vendor")) if path.read_text("ascii").strip() == _GOOGLE]
+    ids = [(device / "device").read_text("ascii").strip() for device in devices]
+    return [by_id[number] for number in ids if number in by_id]
+
+
+def this_machines_chip(accelerator: str | None = None, bus: Path = _PCI) -> Chip | None:
+    """The kind of chip here, told without the network; None where it cannot be told, or is not in the table.
+
+    Args:
+        accelerator: a type's name, such as ``v5litepod-16``, where the environment has one; else the PCI bus is asked.
+    """
+    if accelerator:
+        family = accelerator.partition("-")[0]
+        return CHIPS.get(_ALIASES.get(family, family))
+    return next(iter(pci_chips(bus)), None)
 
 
 def parse_tpu(accelerator: str) -> Slice:

@@ -55,10 +55,10 @@ def _prepare(options: AnswerOptions, faults: list[str]) -> str:
     Raises:
         ConfigError: the given faults, and those of the options.
     """
-    devices = RunConfig(backend=options.backend)
-    name, _ = launch.choose_backend(devices if options.backend in BACKENDS else RunConfig())
+    devices = RunConfig(backend=options.backend) if options.backend in BACKENDS else RunConfig()
+    name, _ = launch.choose_backend(devices)
     launch.prepare_environment(name)
-    if faults := [*launch.faults(name), *options.faults(), *faults]:
+    if faults := [*launch.faults(name, devices), *options.faults(), *faults]:
         raise ConfigError(faults)
     return name
 

@@ -33,7 +33,7 @@ def check_devices(config: RunConfig, machine: Machine = Machine()) -> Iterator[F
     """The devices that a run with these options would take, and what stands in its way to them."""
     backend, reason = launch.choose_backend(config)
     yield ok("backend", f"{backend} ({reason})")
-    for problem in launch.faults(backend):
+    for problem in launch.faults(backend, config):
         what, _, remedy = problem.partition(": ")
         yield fault("environment", what, remedy)
     yield from _tpu(machine)

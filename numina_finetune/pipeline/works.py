@@ -248,7 +248,8 @@ class Evaluate(Work):
         from numina_finetune.evaluation.sandbox import Minimum, require
 
         chosen = self.options.backend if self.options.backend in BACKENDS else "auto"
-        found = launch.faults(launch.choose_backend(RunConfig(backend=chosen))[0])
+        devices = RunConfig(backend=chosen)
+        found = launch.faults(launch.choose_backend(devices)[0], devices)
         try:
             if self.options.tools:
                 require(Minimum(self.options.sandbox_minimum))

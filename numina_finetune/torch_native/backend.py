@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from numina_finetune import accelerate_settings
 from numina_finetune.checkpoint.shards import COPIES, CopyingPlanner, HostCopies, Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
@@ -56,20 +57,22 @@ class NativeBackend:
     name = "native"
 
     def __init__(self, config: RunConfig) -> None:
-        on_cpu = not torch.cuda.is_available()
-        state = PartialState(cpu=on_cpu)
+        on_cpu = accelerate_settings.asks_for(accelerate_settings.USE_CPU) or not torch.cuda.is_available()
+        with accelerate_settings.hidden():
+            state = PartialState(cpu=on_cpu)
         if state.distributed_type == DistributedType.XLA:
             raise ConfigError(
                 "--backend native, but Accelerate has already chosen XLA: set USE_TORCH_XLA=false in the environment"
             )
         self.mesh_shape = native_mesh(config.mesh, state.num_processes)
         self._splits = self.mesh_shape.fsdp > 1
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=on_cpu,
-            project_dir=str(config.run_dir),
-            rng_types=[],
-        )
+        with accelerate_settings.hidden():
+            self.accelerator = Accelerator(
+                mixed_precision="no",
+                cpu=on_cpu,
+                project_dir=str(config.run_dir),
+                rng_types=[],
+            )
         self.process_index, self.process_count = state.process_index, state.num_processes
         self.data_parallel_size, self.replicas_per_process = self.process_count, 1
         self.processes = ProcessGroup()
@@ -108,7 +111,8 @@ class NativeBackend:
                 return
             self._optimizer = make_optimizer(self._parameters, config, fused=True)
             if self._sharded is None:
-                self._module = self.accelerator.prepare(self._module)
+                with accelerate_settings.hidden():
+                    self._module = self.accelerator.prepare(self._module)
         self._max_grad_norm, self._gradient_noise = config.max_grad_norm, config.gradient_noise
         self._copies.reserve(self._snapshots.pieces(self._state()))
 

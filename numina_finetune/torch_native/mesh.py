@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from numina_finetune import accelerate_settings
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
 
@@ -14,7 +13,7 @@ def native_mesh(text: str | None, processes: int) -> MeshShape:
     Raises:
         ConfigError: other axes, a product that is not ``processes``, or not what Accelerate's configuration says.
     """
-    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    wants_fsdp = accelerate_settings.asks_for(accelerate_settings.USE_FSDP)
     shape = parse_mesh(text, processes, default_axis="fsdp" if wants_fsdp else "data")
     if shape.data * shape.fsdp != processes:
         raise ConfigError(

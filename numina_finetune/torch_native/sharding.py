@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from numina_finetune import accelerate_settings
 from numina_finetune.mesh import MeshShape
 from numina_finetune.models.precision import COMPUTE_DTYPES, compute_dtype, widen_routers
 from numina_finetune.models.stream import Wanted, Weights, progress
@@ -120,15 +121,16 @@ def _told(accelerator: Accelerator, shape: MeshShape, layer: str, policy: MixedP
 
     Its constructor takes these only where there are GPUs, and before any model is known.
     """
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[layer],
-    )
+    with accelerate_settings.hidden():
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[layer],
+        )
+        axes = ParallelismConfig(dp_replicate_size=shape.data, dp_shard_size=shape.fsdp)
     plugin.mixed_precision_policy = policy
-    axes = ParallelismConfig(dp_replicate_size=shape.data, dp_shard_size=shape.fsdp)
     mesh = axes.get_device_mesh(accelerator.device.type)
     state = accelerator.state
     told = {"fsdp_plugin": plugin, "parallelism_config": axes, "device_mesh": mesh}

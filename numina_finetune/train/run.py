@@ -72,7 +72,7 @@ def check(config: RunConfig, backend: str) -> None:
     Raises:
         ConfigError: all of it at once.
     """
-    faults = [*config_faults(config), *backend_faults(config, backend), *launch.faults(backend)]
+    faults = [*config_faults(config), *backend_faults(config, backend), *launch.faults(backend, config)]
     faults += missing_trackers(config)
     faults += PushOptions.of(config).faults(config.resolved_run_id)
     faults += preflight(config.datasets, config)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner
 from transformers import PreTrainedModel
 
+from numina_finetune import accelerate_settings
 from numina_finetune.checkpoint.shards import Shard, ShardReader, Snapshots
 from numina_finetune.config import RunConfig
 from numina_finetune.data.loader import NO_LOSS, Batch
@@ -72,7 +73,8 @@ class XlaBackend:
             f"XLA SPMD on {devices} {xr.device_type()} devices, mesh {self.mesh_shape}, "
             f"{self.process_count} process(es)"
         )
-        self.accelerator = Accelerator(mixed_precision="no", project_dir=str(config.run_dir), rng_types=[])
+        with accelerate_settings.hidden():
+            self.accelerator = Accelerator(mixed_precision="no", project_dir=str(config.run_dir), rng_types=[])
         self._traffic = TrafficCounter()
 
     def place(
@@ -138,7 +140,10 @@ class XlaBackend:
                 counts.append((batch["labels"] != NO_LOSS).sum())
                 torch_xla.sync()
         self._placed.module.train()
-        totals = float(sum(float(loss) for loss in losses)), sum(int(count) for count in counts)
+        if not losses:
+            return 0.0, 0
+        # Read at the end alone, so that no batch waits for the host, and summed there: XLA has no float64 on a TPU.
+        totals = float(torch.stack(losses).cpu().double().sum()), int(torch.stack(counts).cpu().sum())
         self._traffic.leave_out()
         return totals
 

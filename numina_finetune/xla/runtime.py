@@ -11,12 +11,11 @@ import numpy as np
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from torch_xla._internal import tpu as tpu_environment
 
 from numina_finetune.config import BATCH_AXES, MESH_AXES
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape, parse_mesh
-from numina_finetune.tpu import parse_tpu
+from numina_finetune.tpu import this_machines_chip
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +65,17 @@ def build_mesh(text: str | None, devices: int) -> tuple[xs.Mesh, MeshShape]:
 
 
 def peak_flops() -> float | None:
-    """A chip's bf16 FLOPs a second; None where it is no TPU, or one that is not in the table."""
+    """A chip's bf16 FLOPs a second; None where it is no TPU, or one that is not in the table.
+
+    torch_xla's own way to a chip's name is a request to the metadata service without a time limit.
+    """
     if xr.device_type() != "TPU":
         return None
-    name = os.environ.get("TPU_ACCELERATOR_TYPE") or tpu_environment.get_tpu_env().get("ACCELERATOR_TYPE", "")
-    try:
-        return parse_tpu(name).chip.bf16_flops
-    except ConfigError:
-        logger.warning("the TPU says it is a %r, which is not in the table: utilisation is not reported", name)
-        return None
+    named = os.environ.get("TPU_ACCELERATOR_TYPE")
+    chip = this_machines_chip(named)
+    if chip is None:
+        logger.warning("this TPU (%s) is not in the table of chips: utilisation is not reported", named or "unnamed")
+    return chip.bf16_flops if chip else None
 
 
 class TrafficCounter:
