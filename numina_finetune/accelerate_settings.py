@@ -177,7 +177,7 @@ SETTINGS: Mapping[str, Setting] = {
         OFF, "leave use_parallelism_config out, and use --mesh, such as data=2,fsdp=4 (dp_replicate 2, dp_shard 4)"
     ),
     "PARALLELISM_CONFIG_*": Setting(ANY),
-    # --- messages and checks of Accelerate's own ---
+    # --- messages, checks and big-model loading of Accelerate's own ---
     "ACCELERATE_DEBUG_MODE": Setting((*OFF, *ON), "use true or false"),
     "ACCELERATE_ENABLE_RICH": Setting((*OFF, *ON), "use true or false"),
     "ACCELERATE_DISABLE_RICH": Setting(ANY),
@@ -186,6 +186,7 @@ SETTINGS: Mapping[str, Setting] = {
     "ACCELERATE_IN_TPU_POD": Setting(ANY),
     "ACCELERATE_ALLOW_CP_STANDALONE": Setting(ANY),
     "ACCELERATE_BYPASS_DEVICE_MAP": Setting(ANY),
+    "ACCELERATE_INIT_INCLUDE_BUFFERS": Setting(ANY),
 }
 
 _ITS_OWN = (USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")

@@ -20,6 +20,8 @@ from numina_finetune.tpu import pci_chips
 
 _WORKER_NUMBER = "instance/attributes/agent-worker-number"
 """Metadata key of a TPU host's number in its slice."""
+_MOST_VIRTUAL = 127
+"""torch's autograd counts a process's devices in 8 bits."""
 
 
 def stop_with_launcher() -> None:
@@ -115,7 +117,8 @@ def device_count(backend: str) -> int | None:
     if backend == "native":
         return int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("PJRT_DEVICE") == "CPU":
-        return int(os.environ.get("CPU_NUM_DEVICES", "1"))
+        virtual = os.environ.get("CPU_NUM_DEVICES", "1")
+        return int(virtual) if virtual.isdecimal() else None
     return None
 
 
@@ -135,4 +138,8 @@ def faults(backend: str, options: RunConfig) -> list[str]:
             "PJRT_DEVICE=TPU (which `accelerate launch --tpu` means too), and no TPU is attached: leave it out, or set "
             "PJRT_DEVICE=CPU for XLA on the CPU"
         )
+    if backend == "xla" and os.environ.get("PJRT_DEVICE") == "CPU":
+        virtual = os.environ.get("CPU_NUM_DEVICES", "1")
+        if not virtual.isdecimal() or not 1 <= int(virtual) <= _MOST_VIRTUAL:
+            found.append(f"CPU_NUM_DEVICES={virtual} is no number of virtual devices: use 1 to {_MOST_VIRTUAL}")
     return found + accelerate_settings.faults(options, backend)

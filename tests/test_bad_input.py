@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from numina_finetune import cli
 from numina_finetune.cli import backends
 from tests.conftest import TINY, Run, environment, train
+from tests.models.folders import DENSE
 
 Refused = Callable[..., str]
 
@@ -141,9 +143,30 @@ def test_several_processes_are_refused_on_xla(refused: Refused) -> None:
     assert "WORLD_SIZE=2 with the XLA backend" in said and "--backend native" in said
 
 
-def test_a_precision_that_accelerate_asks_for_and_nothing_can_give_is_refused(refused: Refused) -> None:
-    said = refused(*TINY, "--backend", "native", ACCELERATE_MIXED_PRECISION="fp16")
-    assert "mixed_precision fp16" in said and "--precision bf16" in said
+def test_what_accelerate_is_asked_for_and_this_training_does_not_do_is_refused(refused: Refused) -> None:
+    """Each names its variable, the value and our option; see test_accelerate_settings.py for all of them."""
+    asked = {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    precision, dynamo = listed(refused(*TINY, "--backend", "native", **asked))
+    assert "ACCELERATE_MIXED_PRECISION=fp16" in precision and "--precision bf16" in precision
+    assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in dynamo and "--torch-compile" in dynamo
+
+
+def test_a_tpu_that_is_asked_for_and_not_there_is_refused_before_libtpu_waits_for_it(refused: Refused) -> None:
+    said = refused(*TINY, PJRT_DEVICE="TPU")
+    assert "PJRT_DEVICE=TPU" in said and "no TPU is attached" in said and "PJRT_DEVICE=CPU" in said
+
+
+@pytest.mark.parametrize("count", ["four", "0", "128"])
+def test_a_number_of_virtual_devices_that_is_none_is_refused(count: str, refused: Refused) -> None:
+    said = refused(*TINY, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=count)
+    assert f"CPU_NUM_DEVICES={count}" in said and "1 to 127" in said
+
+
+def test_dropout_of_attention_scores_is_refused_with_a_kernel_that_has_none(refused: Refused, tmp_path: Path) -> None:
+    Qwen3Config(**DENSE, attention_dropout=0.1).save_pretrained(tmp_path / "model")
+    words = (*TINY, "--model-name", str(tmp_path / "model"), "--tokenizer-name", "tiny-qwen3")
+    said = refused(*words, "--attention", "splash", "--backend", "xla", PJRT_DEVICE="CPU")
+    assert "attention_dropout is 0.1" in said and "--attention torch" in said
 
 
 def test_a_sequence_longer_than_the_model_can_take_is_refused_with_both_lengths(refused: Refused) -> None:

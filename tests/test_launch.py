@@ -247,17 +247,90 @@ def test_native_is_native_although_torch_xla_is_installed_and_its_variables_are_
         ({}, False, "native", "no TPU is attached"),
         ({}, True, "xla", "a TPU is attached"),
         ({"PJRT_DEVICE": "TPU"}, True, "xla", "PJRT_DEVICE=TPU is set"),
+        ({"ACCELERATE_USE_CPU": "True"}, True, "native", "ACCELERATE_USE_CPU=True is set"),
+        ({"ACCELERATE_USE_CPU": "False"}, True, "xla", "a TPU is attached"),
+        ({"ACCELERATE_USE_CPU": "True", "PJRT_DEVICE": "CPU"}, False, "xla", "PJRT_DEVICE=CPU is set"),
     ],
 )
-def test_auto_takes_xla_where_a_tpu_or_its_variable_is(
+def test_auto_goes_by_what_is_set_and_then_by_what_is_attached(
     env: dict[str, str], tpu: bool, backend: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    for name in ("PJRT_DEVICE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "tpu_attached", lambda: tpu)
     chosen, why = launch.choose_backend(RunConfig())
     assert chosen == backend and reason in why
+
+
+@pytest.mark.parametrize(
+    "words", [("-m", "numina_finetune"), pytest.param(("numina-finetune",), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_accelerate_launch_is_not_xla_because_a_library_set_its_variable(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """torch_xla, which the launcher imports, sets PJRT_DEVICE for all that the launcher starts."""
+    form = Form(_accelerate(*words), env={})
+    with started(form, tmp_path / "run", "--max-steps", "3", "--dry-run") as training:
+        run = training.wait()
+    assert run.code == 0, run.output
+    assert "Defaulting to PJRT_DEVICE=CPU" in run.output, "torch_xla does not set it any more"
+    assert "backend native (no TPU is attached" in run.output
+    assert "PJRT_DEVICE=CPU was set by torch_xla, not by you" in run.output
+    assert "native torch on" in run.output and "XLA SPMD" not in run.output
+
+
+TELLS = "from numina_finetune.launchers import set_by_user; print(set_by_user('PJRT_DEVICE'))"
+LAUNCHER = """
+import os, subprocess, sys
+os.environ.update({name: value for name, value in [word.split("=") for word in sys.argv[1].split()]})
+raise SystemExit(subprocess.call(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "script", "user"),
+    [
+        ({}, "PJRT_DEVICE=CPU", None, False),
+        ({"PJRT_DEVICE": "CPU"}, "PJRT_DEVICE=CPU", None, True),
+        ({}, "OTHER=1", "PJRT_DEVICE=CPU", True),  # the user's script, which the launcher starts
+        ({}, "PJRT_DEVICE=CPU", "OTHER=1", False),
+        ({}, "PJRT_DEVICE=CPU", "PJRT_DEVICE=TPU", True),
+        ({}, None, "PJRT_DEVICE=CPU", True),  # a script that is no launcher
+        ({"PJRT_DEVICE": "CPU"}, None, None, True),
+    ],
+)
+def test_a_variable_is_the_users_unless_the_launcher_itself_came_by_it(
+    given: dict[str, str], launcher: str | None, script: str | None, user: bool, tmp_path: Path
+) -> None:
+    """Real processes, the launcher's being Python with a script of Accelerate's name that is quick to start."""
+    (tmp_path / "accelerate").write_text(LAUNCHER)
+    (tmp_path / "wrapper.py").write_text(LAUNCHER)
+    words = [sys.executable, "-c", TELLS]
+    for name, sets in (("wrapper.py", script), ("accelerate", launcher)):
+        words = [sys.executable, str(tmp_path / name), sets, *words] if sets else words
+    told = subprocess.run(words, env=environment(**given), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == str(user)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ((), "PJRT_DEVICE=TPU (which `accelerate launch --tpu` means too), and no TPU is attached"),
+        pytest.param(("--mixed_precision", "fp16"), "ACCELERATE_MIXED_PRECISION=fp16", marks=pytest.mark.slow),
+        pytest.param(("--dynamo_backend", "inductor"), "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", marks=pytest.mark.slow),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+)
+def test_what_accelerate_for_tpus_is_told_reaches_the_training_that_takes_its_place(
+    words: tuple[str, ...], fault: str, tmp_path: Path
+) -> None:
+    form = Form(_accelerate("--tpu", *words, "numina-finetune"), env={})
+    with started(form, tmp_path / "run", "--max-steps", "3", "--dry-run") as training:
+        run = training.wait()
+    assert run.code == 2, run.output
+    assert fault in run.output and "Traceback" not in run.output
 
 
 def test_the_link_explains_itself_when_something_else_imports_it() -> None:

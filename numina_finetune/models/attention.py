@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 SEGMENT_ATTENTION = "numina_segments"
+
+
+def dropout_faults(config: PretrainedConfig) -> list[str]:
+    """Why a kernel that drops no attention scores cannot train the model."""
+    rate = getattr(config, "attention_dropout", 0.0)
+    fix = "use --attention torch, or set it to 0 in the model's config.json"
+    return [f"the model's attention_dropout is {rate}, and the kernel drops nothing: {fix}"] if rate else []
 
 
 def segment_mask(segment_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from numina_finetune.config import RunConfig
 from numina_finetune.errors import ConfigError
-from numina_finetune.models.attention import SEGMENT_ATTENTION
+from numina_finetune.models.attention import SEGMENT_ATTENTION, dropout_faults
 from numina_finetune.models.builtin import BUILTIN, tiny_config
 from numina_finetune.models.experts import STATIC_EXPERTS
 from numina_finetune.models.hub import from_hub, is_staged, resolve_name
@@ -201,4 +201,6 @@ def _faults(config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTra
             f"--tokenizer-name {config.tokenizer} has {len(tokenizer)} tokens, but {name} embeds {vocabulary}: "
             "use the model's own tokenizer"
         )
+    if config.attention == "splash":
+        faults += [f"--attention splash: {fault}" for fault in dropout_faults(model_config)]
     return [*faults, *lora_faults(config, model_config.model_type)]

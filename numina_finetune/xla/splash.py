@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from numina_finetune.config import BATCH_AXES
 from numina_finetune.errors import ConfigError
 from numina_finetune.mesh import MeshShape
-from numina_finetune.models.attention import SEGMENT_ATTENTION
+from numina_finetune.models.attention import SEGMENT_ATTENTION, dropout_faults
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.jax_programs import JaxPrograms
 from numina_finetune.xla.remat import keep
@@ -63,7 +63,7 @@ def _faults(model_config: PretrainedConfig, length: int, shape: MeshShape, devic
         faults.append(f"the model's heads have {size} dimensions, no multiple of {HEAD_MULTIPLE}")
     if heads % shape.tensor or kv_heads % shape.tensor:
         faults.append(f"tensor={shape.tensor} does not divide the model's {heads} heads and {kv_heads} of keys")
-    return faults
+    return [*faults, *dropout_faults(model_config)]
 
 
 def use_attention(config: PretrainedConfig, name: str, constraints: Constraints, platform: str) -> None:
@@ -94,13 +94,11 @@ class SplashAttention:
         *,
         segment_ids: torch.Tensor,
         scaling: float | None = None,
-        dropout: float = 0.0,
         sliding_window: int | None = None,
         s_aux: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """See `numina_finetune.models.attention.segment_attention`."""
-        assert not dropout, "the kernel drops nothing"
+        """See `numina_finetune.models.attention.segment_attention`; without dropout, see :func:`attention_for`."""
         sinks = [] if s_aux is None else [s_aux]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = [self.constraints(states.to(value.dtype), "heads") for states in (query, key, value)]
