@@ -23,6 +23,7 @@ def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
     name, _ = launch.choose_backend(config)
     launch.prepare_environment(name)
     tasks = {"export": export, "nonfinite": nonfinite, "reload": reload, "uneven": uneven, "generation": generation}
+    tasks |= {"evaluation": evaluation}
     return tasks[task](config, name, folder)
 
 
@@ -160,6 +161,43 @@ def generation(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
         "ended": backend.generate(prompts, Decoding(40, frozenset(), 0, 4), lambda tokens: len(tokens) >= 5),
     }
     return found
+
+
+def evaluation(config: RunConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Batches evaluated at once and one by one, the transfers from the device that it took, and Accelerate's state."""
+    from accelerate.utils import DynamoBackend
+
+    from numina_finetune.models.load import load_model
+    from numina_finetune.models.tokenizer import load_tokenizer
+
+    backend = _backend(config, name)
+    backend.place(load_model(config, load_tokenizer(config)), config)
+    batches = [_rows(seed, 4) for seed in range(5)]
+    batches[1].labels[:3] = -100
+    before = _reads(name)
+    whole = backend.evaluate(backend.put_batch(batch) for batch in batches)
+    reads = _reads(name) - before
+    single = [backend.evaluate([backend.put_batch(batch)]) for batch in batches]
+    accelerator = backend.accelerator
+    return {
+        "whole": whole,
+        "single": [sum(loss for loss, _ in single), sum(tokens for _, tokens in single)],
+        "none": backend.evaluate([]),
+        "labels": int(sum((batch.labels != -100).sum() for batch in batches)),
+        "reads": reads,
+        "compiled": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        "accumulation": accelerator.gradient_state.num_steps,
+        "plugins": [getattr(accelerator.state, which, None) for which in ("fsdp_plugin", "deepspeed_plugin")],
+    }
+
+
+def _reads(name: str) -> int:
+    if name != "xla":
+        return 0
+    import torch_xla.debug.metrics as metrics
+
+    data = metrics.metric_data("TransferFromDeviceTime")
+    return (int(data[0]) if data else 0) + int(metrics.counter_value("aten::_local_scalar_dense") or 0)
 
 
 def _backend(config: RunConfig, name: str) -> Any:

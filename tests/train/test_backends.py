@@ -14,8 +14,8 @@ from tests.programs import run_in_processes, run_module, told
 DEVICES = [pytest.param(None, id="native"), pytest.param(4, id="xla-4-devices")]
 
 
-def live(task: str, folder: Path, devices: int | None, *options: str) -> dict[str, Any]:
-    result = run_module("tests.train.live", task, str(folder), *options, env=environment(devices=devices))
+def live(task: str, folder: Path, devices: int | None, *options: str, **env: str) -> dict[str, Any]:
+    result = run_module("tests.train.live", task, str(folder), *options, env=environment(devices=devices, **env))
     assert result.returncode == 0, result.stderr[-3000:]
     (found,) = told(folder)
     return dict(found)
@@ -50,6 +50,21 @@ def test_a_non_finite_step_changes_nothing_and_is_reported(tmp_path: Path, devic
 
 def test_a_resume_waits_for_the_placement_that_is_still_under_way(tmp_path: Path) -> None:
     assert live("reload", tmp_path, 4)["loaded"] == [True] * 25
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_an_evaluation_is_read_once_and_nothing_of_accelerates_settings_leaks_in(
+    tmp_path: Path, devices: int | None
+) -> None:
+    """Settings that the command line refuses, where they come to the backend all the same."""
+    leaks = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    leaks |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_MEGATRON_LM": "true"}
+    found = live("evaluation", tmp_path, devices, **leaks)
+    assert found["whole"] == pytest.approx(found["single"], rel=1e-6)
+    assert found["whole"][1] == found["labels"]
+    assert found["none"] == [0.0, 0]
+    assert found["reads"] <= 2, "the losses and the counts of all batches"
+    assert not found["compiled"] and found["accumulation"] == 1 and found["plugins"] == [None, None]
 
 
 @pytest.mark.parametrize("devices", DEVICES)

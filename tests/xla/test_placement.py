@@ -35,3 +35,33 @@ def test_square_matrices_are_split_alike_unless_tensor_needs_their_other_dimensi
     shards = ["fsdp", "expert"]
     assert alone == [[None, "tensor", shards]] * 2
     assert with_tensor == [[None, "tensor", shards], [None, shards, "tensor"]]
+
+
+KERNELS = """
+from transformers import Qwen3Config
+from numina_finetune.errors import ConfigError
+from numina_finetune.mesh import MeshShape
+from numina_finetune.xla.splash import attention_for
+
+for rate in (0.0, 0.1):
+    sizes = {"hidden_size": 256, "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, attention_dropout=rate)
+    print(attention_for("auto", config, 256, MeshShape(fsdp=1), device_type="TPU"))
+try:
+    attention_for("splash", config, 256, MeshShape(fsdp=1), device_type="TPU")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_model_that_drops_attention_scores_is_not_given_the_kernel_that_drops_none() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        env=environment(devices=1),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.splitlines()[:2] == ["splash", "torch"]
+    assert "attention_dropout is 0.1" in told.stdout and "--attention torch" in told.stdout
