@@ -45,7 +45,7 @@ class Setting:
     """Values, in lower case, that are honoured or change nothing: under every option."""
     instead: str = ""
     """What to do where the value is not understood; ``{value}`` stands for it."""
-    where: Callable[[Asked], bool] = lambda asked: False
+    agrees: Callable[[Asked], bool] = lambda asked: False
     """Whether another value is honoured, because the run's own options say the same."""
     switch: str | None = None
     """The variable without which nobody reads this one."""
@@ -201,7 +201,7 @@ def faults(options: RunConfig, backend: str, environment: Mapping[str, str] = os
         if setting is None or not _read(setting, environment):
             continue
         asked = Asked(value.lower(), options, backend)
-        if setting.understood != ANY and asked.value not in setting.understood and not setting.where(asked):
+        if setting.understood != ANY and asked.value not in setting.understood and not setting.agrees(asked):
             found.append(f"{name}={value} (Accelerate's) is not honoured: {setting.instead.format(value=value)}")
     return found
 
