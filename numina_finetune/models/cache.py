@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from numina_finetune.models.attention import segment_attention
+from numina_finetune.models.precision import contracted
 
 CACHED_ATTENTION = "numina_cached"
 
@@ -136,14 +137,14 @@ def _attend_to_past(
     scale = size**-0.5 if scaling is None else scaling
     past_key, past_value = past.entries[2 * layer], past.entries[2 * layer + 1]
     wide = torch.promote_types(value.dtype, torch.float32)
-    scores = (torch.einsum("bkgd,bkcd->bkgc", grouped, past_key) * scale).to(wide)
+    scores = (contracted("bkgd,bkcd->bkgc", grouped, past_key) * scale).to(wide)
     visible = past.visible(sliding_window)[:, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(wide).min)
     own = ((grouped * key).sum(-1, keepdim=True) * scale).to(wide)
     sinks = [] if s_aux is None else [s_aux.to(wide).view(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)]
     probabilities = torch.softmax(torch.cat([scores, own, *sinks], dim=-1), dim=-1).to(value.dtype)
     capacity = scores.shape[-1]
-    mixed = torch.einsum("bkgc,bkcd->bkgd", probabilities[..., :capacity], past_value)
+    mixed = contracted("bkgc,bkcd->bkgd", probabilities[..., :capacity], past_value)
     mixed = mixed + probabilities[..., capacity : capacity + 1] * value
     return mixed.reshape(batch, 1, heads, size)
 

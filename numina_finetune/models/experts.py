@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ExpertsInterface
 
+from numina_finetune.models.precision import contracted
+
 STATIC_EXPERTS = "numina_static"
 ADAPTERS = "adapters"
 """Where experts hold their adapters (`numina_finetune.models.lora`), by the name of the parameter."""
@@ -63,7 +65,7 @@ def static_experts(
     gated = module._apply_gate(opened + module.gate_up_proj_bias.unsqueeze(1))
     # Weighted before the second product, which then sums over experts as well: [experts, tokens, hidden] never exists.
     weighted = (gated * shares.T.unsqueeze(-1)).to(down.dtype)
-    mixed = torch.einsum("eti,eih->th", weighted, down) + shares.to(down_bias.dtype) @ down_bias
+    mixed = contracted("eti,eih->th", weighted, down) + shares @ down_bias.to(shares.dtype)
     result: torch.Tensor = mixed.to(hidden_states.dtype)
     return result
 

@@ -7,6 +7,7 @@ fp32 master.
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -40,6 +41,36 @@ def widen_routers(model: nn.Module) -> None:
 def _widen(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     (hidden,) = arguments
     return (hidden.to(torch.promote_types(hidden.dtype, torch.float32)),)
+
+
+def contracted(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``torch.einsum`` of two tensors, in their own type on every device.
+
+    torch_xla's einsum cannot be told a precision: a TPU would multiply fp32 values in bf16. Its products of matrices
+    can. In bf16 there is nothing to lose, and einsum leaves every dimension as it is split.
+
+    Args:
+        equation: names no dimension twice in a tensor, and sums over those that both tensors have.
+    """
+    if left.device.type != "xla" or left.dtype == torch.bfloat16:
+        return torch.einsum(equation, left, right)
+    given, made = equation.split("->")
+    of_left, of_right = given.split(",")
+    batch = [name for name in of_left if name in of_right and name in made]
+    summed = [name for name in of_left if name in of_right and name not in made]
+    rows, columns = (
+        [name for name in of if name not in other] for of, other in ((of_left, of_right), (of_right, of_left))
+    )
+    sizes = dict(zip(of_left + of_right, left.shape + right.shape, strict=True))
+
+    def arranged(tensor: torch.Tensor, of: str, *groups: list[str]) -> torch.Tensor:
+        """``[batch, …]`` with each group of dimensions as one."""
+        order = [of.index(name) for group in (batch, *groups) for name in group]
+        return tensor.permute(order).reshape(*(math.prod(sizes[name] for name in group) for group in (batch, *groups)))
+
+    product = torch.bmm(arranged(left, of_left, rows, summed), arranged(right, of_right, summed, columns))
+    found = batch + rows + columns
+    return product.reshape([sizes[name] for name in found]).permute([found.index(name) for name in made])
 
 
 class CastTo(nn.Module):

@@ -74,6 +74,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradient`` times the scalar ``scale``, in ``dtype``.
+
+    The product is made in the scalar's type. torch would round the scalar to the gradient's: 1/N in bf16 is off by up
+    to 0.4 %, alike for every token of a step.
+    """
+    return (gradient.to(scale.dtype) * scale).to(dtype)
+
+
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of ``hidden @ weight.T`` against ``labels``, sum reduction.
 
@@ -125,8 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return (
-            hidden_gradient * scale.to(hidden_gradient.dtype),
-            None if weight_gradient is None else (weight_gradient * scale).to(ctx.weight_dtype),
+            scaled(hidden_gradient, scale, hidden_gradient.dtype),
+            None if weight_gradient is None else scaled(weight_gradient, scale, ctx.weight_dtype),
             None,
             None,
         )

@@ -161,7 +161,9 @@ class Experts:
         gate_weight, up_weight, down, gate_bias, up_bias, down_bias = weights
         gate = jnp.minimum(multiply(rows, gate_weight, gate_bias), self.limit)
         up = jnp.clip(multiply(rows, up_weight, up_bias), -self.limit, self.limit)
-        gated = ((up + 1) * (gate * jax.nn.sigmoid(self.alpha * gate))).astype(rows.dtype)
+        # JAX would round alpha (1.702) to the rows' type.
+        share = jax.nn.sigmoid(self.alpha * gate.astype(jnp.float32)).astype(gate.dtype)
+        gated = ((up + 1) * (gate * share)).astype(rows.dtype)
         return multiply(gated, down, down_bias)
 
     def _of_sorted(self, sizes: Any) -> Callable[[Any, _Weights], Any]:

@@ -29,12 +29,17 @@ def on_each_chip(
 
 
 def lower(function: Callable[..., Any], kinds: Sequence[tuple[tuple[int, ...], str]], platform: str) -> bytes:
-    """``function`` for arguments of these shapes and types as a serialized HLO module."""
+    """``function`` for arguments of these shapes and types as a serialized HLO module.
+
+    The first argument is the activations: where they are fp32, so are all matrix products, those of kernels too. By
+    default a TPU makes them of bf16 parts. Kernels cannot be told so of bf16 operands.
+    """
     given = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in kinds]
     # As if for export: kernels are then written in a version that the pinned libtpu reads. Today's newest one
     # (8, "expected <= 7") it does not, and without a TPU at hand JAX writes that.
     parameters = mlir.LoweringParameters(for_export=True)
-    traced = jax.jit(function, keep_unused=True).trace(*given)
+    with jax.default_matmul_precision("highest" if given[0].dtype == jnp.float32 else "default"):
+        traced = jax.jit(function, keep_unused=True).trace(*given)
     lowered = traced.lower(lowering_platforms=(platform,), _private_parameters=parameters)
     module: bytes = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
     return module

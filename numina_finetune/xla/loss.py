@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from numina_finetune.data.loader import NO_LOSS
-from numina_finetune.train.loss import accumulation_dtype
+from numina_finetune.models.precision import contracted
+from numina_finetune.train.loss import accumulation_dtype, scaled
 from numina_finetune.xla.constraints import Constraints, computed
 from numina_finetune.xla.loops import Loop, Tensors
 from numina_finetune.xla.sharding import PartitionSpec
@@ -154,7 +155,7 @@ class BySequence(ChunkedCrossEntropy):
         added, by_logits = self._gradient_of(states, targets, weight)
         wide = weight_gradient.dtype
         batch, size, _ = states.shape
-        own = torch.einsum(
+        own = contracted(
             "rtv,rth->rvh",
             by_logits.reshape(self._replicas, batch // self._replicas * size, -1),
             states.reshape(self._replicas, batch // self._replicas * size, -1),
@@ -267,7 +268,7 @@ class ByVocabulary(ChunkedCrossEntropy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``by_hidden`` and the block's part of it, and the gradient of the block's weight, as the block lies."""
         by_hidden, by_logits = self._by_hidden_of(block, by_hidden, hidden, labels, sums)
-        by_block = self._constraints.mark(torch.einsum("bsv,bsh->vh", by_logits, hidden), self._spec)
+        by_block = self._constraints.mark(contracted("bsv,bsh->vh", by_logits, hidden), self._spec)
         by_block = by_block.reshape(block.shape)
         return by_hidden, self._constraints.mark(by_block, (self._spec[0], None, self._spec[1]))
 
@@ -326,8 +327,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (scale,) = gradients
         by_hidden, by_weight = ctx.saved_tensors
-        own = None if by_weight is None else by_weight.to(ctx.master_dtype) * scale
-        return None, by_hidden * scale.to(by_hidden.dtype), own, None
+        own = None if by_weight is None else scaled(by_weight, scale, ctx.master_dtype)
+        return None, scaled(by_hidden, scale, by_hidden.dtype), own, None
 
 
 def _chunk_of(length: int, largest: int) -> int:

@@ -20,6 +20,7 @@ from numina_finetune.train.optim import decays
 from numina_finetune.xla.constraints import Constraints
 from numina_finetune.xla.experts import experts_for, keep_scores_split, use_experts
 from numina_finetune.xla.loss import cross_entropy_for
+from numina_finetune.xla.products import multiply_as_typed
 from numina_finetune.xla.remat import enable_gradient_checkpointing
 from numina_finetune.xla.scan import ScannedLayers
 from numina_finetune.xla.sharding import PartitionSpec, is_of_experts, partition_of, whole
@@ -141,6 +142,7 @@ def place_model(
     The model is changed in place. Its tensors are made or moved one after another, so that besides what the model has
     in host memory itself there are no more than this host's shards of one tensor, or of one stack.
     """
+    multiply_as_typed()
     stacking, dtype = stacking_for(model, options), COMPUTE_DTYPES[options.precision]
     specs, constraints = parameter_specs(model, shape, stacking), Constraints(mesh, shape)
     decayed = frozenset(

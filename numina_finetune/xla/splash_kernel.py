@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -48,7 +49,9 @@ class Splash:
         def of_rows(query: Any, key: Any, value: Any, segments: Any, *sinks: Any) -> Any:
             def of_row(q: Any, k: Any, v: Any, s: Any) -> Any:
                 kernel = self._kernel(q.shape[0], save_residuals=True)
-                output, (sums,) = kernel(q * self.scale, k, v, segment_ids=kernels.SegmentIds(s, s), sinks=_only(sinks))
+                output, (sums,) = kernel(
+                    self._scaled(q), k, v, segment_ids=kernels.SegmentIds(s, s), sinks=_only(sinks)
+                )
                 return output, sums
 
             return jax.vmap(of_row)(query, key, value, segments)
@@ -66,7 +69,7 @@ class Splash:
                 kernel = self._kernel(q.shape[0], save_residuals=False)
                 # The kernel's own rule for autodiff: through jax.vjp it would run the forward kernel once more.
                 saved = (
-                    *(q * self.scale, k, v, kernels.SegmentIds(s, s), _only(sinks), o, logsumexp),
+                    *(self._scaled(q), k, v, kernels.SegmentIds(s, s), _only(sinks), o, logsumexp),
                     *(kernel.dq_mask_info, kernel.dkv_mask_info),
                 )
                 options = kernel.kwargs
@@ -86,11 +89,15 @@ class Splash:
 
             dq, dk, dv, *by_sinks = jax.vmap(of_row)(query, key, value, segments, output, sums, gradient)
             total = [jax.lax.psum(part.sum(0), self.batch_axes) for part in by_sinks]
-            return (dq * self.scale).astype(query.dtype), dk, dv, *total
+            return self._scaled(dq).astype(query.dtype), dk, dv, *total
 
         sinks = [PartitionSpec(self.head_axis)] if self.has_sinks else []
         inputs = (*self._inputs, self._rows, self._sums, self._rows)
         return on_each_chip(of_rows, self.axes, inputs, (self._rows, self._rows, self._rows, *sinks))
+
+    def _scaled(self, states: Any) -> Any:
+        """JAX would round the scale to the type of ``states``."""
+        return (states.astype(jnp.float32) * self.scale).astype(states.dtype)
 
     def _kernel(self, heads: int, *, save_residuals: bool) -> Any:
         shape = self.length, self.length
