@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import re
 
@@ -49,6 +50,12 @@ def reference(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, to
         total = total + nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.autograd.backward(total)
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def kernels_multiply_fp32(program: str) -> list[bool]:
+    """Of each TPU kernel in a program's text, or in its serialized form: whether it multiplies fp32 in fp32."""
+    bodies = re.findall(r'"body": ?"([A-Za-z0-9+/=]+)"', program)
+    return [b"contract_precision<fp32>" in base64.b64decode(body) for body in bodies]
 
 
 def qwen3_config(layers: int, *, tied: bool = True, windows: bool = True) -> Qwen3Config:

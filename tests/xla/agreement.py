@@ -2,8 +2,9 @@
 
 ``python -m tests.xla.agreement DTYPE MESH ATTENTION CASE…``, a case such as ``scan,dots``, ``unrolled,full`` or
 ``scan,full,8 experts,dropless`` (gpt-oss), with ``lora`` beside PEFT's own modules. Prints one JSON object: by case the
-relative difference of the loss, the largest relative L2 difference of a gradient tensor, and how many matrix products
-the program of the gradients has. The logits are cut small, into several chunks, but for a case of ``whole``.
+relative difference of the loss, the largest relative L2 difference of a gradient tensor, how many matrix products
+the program of the gradients has, and how many of them a TPU would make of operands rounded to bf16. The logits are cut
+small, into several chunks, but for a case of ``whole``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def tiny(layers: int, dtype: torch.dtype, tied: bool, experts: int = 0) -> PreTr
 
 def ours(
     model: PreTrainedModel, batch: Batch, options: StepOptions, mesh: xs.Mesh, shape: MeshShape
-) -> tuple[float, dict[str, torch.Tensor], int]:
+) -> tuple[float, dict[str, torch.Tensor], list[str]]:
     placed = place_model(model, options, mesh, shape, RuntimeTensors(mesh, torch_xla.device()))
     rows = {name: tensor.to(torch_xla.device()) for name, tensor in batch.items()}
     for tensor in rows.values():
@@ -75,7 +76,7 @@ def ours(
         members = placed.stacking.members(name) if placed.stacking else [name]
         on_host = gradient.cpu()
         gradients |= dict(zip(members, on_host if len(members) > 1 else [on_host], strict=True))
-    return loss.detach().item(), gradients, program.count(" dot(")
+    return loss.detach().item(), gradients, [line for line in program.splitlines() if " dot(" in line]
 
 
 def keep_double() -> None:
@@ -129,7 +130,8 @@ def main(dtype_name: str, mesh_text: str, attention: str, *cases: str) -> dict[s
         differences = [
             ((our_gradients[name] - gradient).norm() / gradient.norm()).item() for name, gradient in gradients.items()
         ]
-        results[case] = [abs(our_loss / loss - 1), max(differences), products]
+        rounded = [line for line in products if "operand_precision={highest,highest}" not in line]
+        results[case] = [abs(our_loss / loss - 1), max(differences), len(products), len(rounded)]
     return results
 
 

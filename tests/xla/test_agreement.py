@@ -14,7 +14,7 @@ LOSS = {"fp64": 1e-9, "fp32": 5e-6}
 GRADIENT = {"fp64": 1e-9, "fp32": 1e-5}
 
 
-def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) -> dict[str, tuple[float, float, int]]:
+def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) -> dict[str, tuple[float, float, int, int]]:
     env = environment(devices=devices, JAX_PLATFORMS="cpu")
     result = run_module("tests.xla.agreement", dtype, mesh, attention, *cases, env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -32,9 +32,10 @@ def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) 
     ],
 )
 def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, mesh: str, cases: list[str]) -> None:
-    for case, (loss, gradient, _) in agreement(devices, dtype, mesh, "torch", *cases).items():
+    for case, (loss, gradient, _, rounded) in agreement(devices, dtype, mesh, "torch", *cases).items():
         assert loss < LOSS[dtype], case
         assert gradient < GRADIENT[dtype], case
+        assert rounded == 0, case
 
 
 @pytest.mark.parametrize(
@@ -48,9 +49,10 @@ def test_loss_and_gradients_are_those_of_transformers(devices: int, dtype: str, 
     ],
 )
 def test_gpt_oss_has_the_loss_and_gradients_of_transformers(devices: int, mesh: str, cases: list[str]) -> None:
-    for case, (loss, gradient, _) in agreement(devices, "fp32", mesh, "torch", *cases).items():
+    for case, (loss, gradient, _, rounded) in agreement(devices, "fp32", mesh, "torch", *cases).items():
         assert loss < LOSS["fp32"], case
         assert gradient < GRADIENT["fp32"], case
+        assert rounded == 0, case
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernels are JAX's, which is not installed")
@@ -66,9 +68,10 @@ def test_gpt_oss_has_the_loss_and_gradients_of_transformers(devices: int, mesh: 
     ],
 )
 def test_gpt_oss_by_kernels_has_the_same_loss_and_gradients(mesh: str, attention: str, cases: list[str]) -> None:
-    for case, (loss, gradient, _) in agreement(4, "fp32", mesh, attention, *cases).items():
+    for case, (loss, gradient, _, rounded) in agreement(4, "fp32", mesh, attention, *cases).items():
         assert loss < LOSS["fp32"], case
         assert gradient < GRADIENT["fp32"], case
+        assert rounded == 0, case
 
 
 @pytest.mark.parametrize(
@@ -85,19 +88,21 @@ def test_gpt_oss_by_kernels_has_the_same_loss_and_gradients(mesh: str, attention
     ],
 )
 def test_adapters_have_the_loss_and_gradients_that_peft_gives_them(mesh: str, cases: list[str]) -> None:
-    for case, (loss, gradient, _) in agreement(4, "fp32", mesh, "torch", *cases).items():
+    for case, (loss, gradient, _, rounded) in agreement(4, "fp32", mesh, "torch", *cases).items():
         assert loss < LOSS["fp32"], case
         assert gradient < GRADIENT["fp32"], case
+        assert rounded == 0, case
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="the kernel is JAX's, which is not installed")
 @pytest.mark.slow
 def test_the_splash_kernel_gives_the_same_loss_and_gradients() -> None:
-    for case, (loss, gradient, _) in agreement(
+    for case, (loss, gradient, _, rounded) in agreement(
         4, "fp32", "fsdp=2,tensor=2", "splash", "scan,full", "scan,dots"
     ).items():
         assert loss < LOSS["fp32"], case
         assert gradient < GRADIENT["fp32"], case
+        assert rounded == 0, case
 
 
 def test_the_program_of_a_scanned_model_does_not_grow_with_its_layers() -> None:
@@ -106,3 +111,10 @@ def test_the_program_of_a_scanned_model_does_not_grow_with_its_layers() -> None:
 
 
 DEPTHS = ("scan,full,4", "scan,full,8")
+
+
+def test_one_over_n_is_not_rounded_to_the_compute_type() -> None:
+    result = run_module("tests.xla.scaling", env=environment(devices=1))
+    assert result.returncode == 0, result.stderr[-3000:]
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert {form: by_hidden for form, (by_hidden, _) in told.items()} == {"BySequence": 0, "ByVocabulary": 0}

@@ -16,7 +16,7 @@ from numina_finetune.mesh import MeshShape
 from numina_finetune.models.experts import static_experts
 from numina_finetune.plan.costs import AS_NEEDED
 from numina_finetune.xla.sharding import partition_of
-from tests.reference import fill_randomly, gpt_oss_config
+from tests.reference import fill_randomly, gpt_oss_config, kernels_multiply_fp32
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax = pytest.importorskip("jax", reason="the kernels are JAX's, which is not installed")
@@ -143,17 +143,21 @@ def test_the_loop_over_further_blocks_has_the_name_that_plan_knows(kernels: Modu
     assert kernels.AS_NEEDED == AS_NEEDED
 
 
-@pytest.mark.parametrize("capacity", [None, 1.25])
-def test_forward_and_backward_lower_for_a_mesh_of_tpus(kernels: ModuleType, capacity: float | None) -> None:
+@pytest.mark.parametrize(("capacity", "dtype"), [(None, "bfloat16"), (None, "float32"), (1.25, "bfloat16")])
+def test_forward_and_backward_lower_for_a_mesh_of_tpus_with_products_of_their_type(
+    kernels: ModuleType, capacity: float | None, dtype: str
+) -> None:
     from numina_finetune.xla.jax_lowering import lower
 
     shape, config = MeshShape(fsdp=2, expert=2, tensor=2), gpt_oss_config(EXPERTS)
     experts = GptOssExperts(config)
     one = kernel(kernels, experts, shape, capacity=capacity, interpret=False)
-    rows = [((512, 64), "bfloat16"), ((512, TOP_K), "int32"), ((512, TOP_K), "float32")]
-    weights = [(tuple(getattr(experts, name).shape), "bfloat16") for name in WEIGHTS]
+    rows = [((512, 64), dtype), ((512, TOP_K), "int32"), ((512, TOP_K), "float32")]
+    weights = [(tuple(getattr(experts, name).shape), dtype) for name in WEIGHTS]
     forward, backward = (
         lower(one.forward, [*rows, *weights], "tpu"),
         lower(one.backward, [*rows, *weights, rows[0]], "tpu"),
     )
-    assert (b"tpu_custom_call" in forward) == (b"tpu_custom_call" in backward) == (capacity is None)
+    for program in (forward, backward):
+        multiply_fp32 = kernels_multiply_fp32(program.decode("latin-1"))
+        assert set(multiply_fp32) == (set() if capacity else {dtype == "float32"})

@@ -47,6 +47,8 @@ class Generated:
 
     cases: dict[str, dict[str, Any]]
     programs: list[Program]
+    asked: list[str]
+    """The same before the compiler saw them."""
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -58,7 +60,8 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     result = run_module("tests.xla.generation", mesh, *cases, env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     texts = [path.read_text("utf-8") for path in folder.glob("*after_optimizations.txt")]
-    return Generated(json.loads(result.stdout.splitlines()[-1]), [parse(text) for text in texts])
+    asked = [path.read_text("utf-8") for path in folder.glob("*before_optimizations.txt")]
+    return Generated(json.loads(result.stdout.splitlines()[-1]), [parse(text) for text in texts], asked)
 
 
 def test_tokens_are_those_of_transformers_from_two_programs_for_each_width(generated: Generated) -> None:
@@ -87,3 +90,9 @@ def test_for_a_token_no_weight_travels_and_the_cache_is_written_in_place(generat
         copies = [one for one in program.entry if one.opcode == "copy" and one.arrays[0].dims == cache.arrays[0].dims]
         # Of layers that are no loop the CPU's compiler copies it first.
         assert copies == [] or any("unrolled" in case for case in generated.cases)
+
+
+def test_a_tpu_would_make_the_products_of_fp32_in_fp32(generated: Generated) -> None:
+    products = [line.strip() for text in generated.asked for line in text.splitlines() if " dot(" in line]
+    assert len(products) > 8 * BUCKETS * len(generated.cases)
+    assert [line for line in products if "operand_precision={highest,highest}" not in line] == []

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from numina_finetune.models.attention import segment_attention
+from tests.reference import kernels_multiply_fp32
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax = pytest.importorskip("jax", reason="the kernel is JAX's, which is not installed")
@@ -71,15 +72,28 @@ def test_output_and_gradients_are_those_of_the_torch_form(kernels: ModuleType, w
         assert difference.norm() / reference.norm() < 2e-6
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, False), (128, True)])
-def test_forward_and_backward_lower_for_a_mesh_of_tpus(kernels: ModuleType, window: int | None, sinks: bool) -> None:
+@pytest.mark.parametrize(("window", "sinks", "dtype"), [(None, False, "float32"), (128, True, "bfloat16")])
+def test_forward_and_backward_lower_for_a_mesh_of_tpus_with_products_of_their_type(
+    kernels: ModuleType, window: int | None, sinks: bool, dtype: str
+) -> None:
     from numina_finetune.xla.jax_lowering import lower
 
     axes = (("fsdp", 4), ("tensor", 2))
     kernel = splash(kernels, window, sinks, axes=axes, interpret=False)
     rows, few = (8, HEADS, LENGTH, SIZE), (8, KV_HEADS, LENGTH, SIZE)
-    shapes = [(rows, "bfloat16"), (few, "bfloat16"), (few, "bfloat16"), ((8, LENGTH), "int32")]
-    shapes += [((HEADS,), "bfloat16")] if sinks else []
-    saved = [(rows, "bfloat16"), (rows[:3], "float32"), (rows, "bfloat16")]
-    assert b"tpu_custom_call" in lower(kernel.forward, shapes, "tpu")
-    assert b"tpu_custom_call" in lower(kernel.backward, [*shapes, *saved], "tpu")
+    shapes = [(rows, dtype), (few, dtype), (few, dtype), ((8, LENGTH), "int32")]
+    shapes += [((HEADS,), dtype)] if sinks else []
+    saved = [(rows, dtype), (rows[:3], "float32"), (rows, dtype)]
+    programs = [lower(kernel.forward, shapes, "tpu"), lower(kernel.backward, [*shapes, *saved], "tpu")]
+    for program in programs:
+        (multiplies_fp32,) = kernels_multiply_fp32(program.decode("latin-1"))
+        assert multiplies_fp32 == (dtype == "float32")
+
+
+def test_the_scale_is_not_rounded_to_the_type_of_the_queries(kernels: ModuleType) -> None:
+    """In bf16, 96 ** -0.5 would be 0.17 % too large."""
+    rng = np.random.default_rng(0)
+    query = jax.numpy.asarray(rng.standard_normal((64, 96)), jax.numpy.bfloat16)
+    found = kernels.Splash(64, 96**-0.5, None, False, AXES, ("fsdp",), "tensor")._scaled(query)
+    expected = (np.asarray(query, np.float32) * np.float32(96**-0.5)).astype(found.dtype)
+    assert (np.asarray(found) == expected).all()
