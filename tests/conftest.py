@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from numina_finetune.storage import Store, open_store
 from tests.programs import ROOT, run_module
 
 # Accelerate decides for or against XLA at its import, for as long as the process lives: the test module that imports it
@@ -24,10 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TINY = [
     *("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k[test]", "--format", "gsm8k"),
-    *("--max-seq-length", "128", "--per-device-train-batch-size", "1", "--precision", "fp32"),
-    *("--learning-rate", "1e-3", "--warmup-ratio", "0"),
+    *("--max-seq-length", "128", "--per-device-train-batch-size", "1"),
 ]
-"""A run that takes seconds: the embedded default, cut small."""
+"""A run that takes seconds: the embedded default, cut small. Sizes alone: users run the rest as it is by default."""
 
 
 def real_data() -> Path:
@@ -84,6 +85,19 @@ class Run:
         """Committed checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.run.glob("checkpoints/*/*/COMMITTED"))
 
+    @property
+    def state(self) -> str:
+        """sha256 of the newest checkpoint's weights and moments; an export in bf16 would hide most of what differs."""
+        return state_of(open_store(self.run))
+
+
+def state_of(store: Store) -> str:
+    """sha256 of the weights and moments in the newest checkpoint of the run in ``store``."""
+    newest = max(name for name in store.names("checkpoints/") if name.endswith("/COMMITTED")).removesuffix("COMMITTED")
+    files = sorted(store.names(f"{newest}state/"))
+    assert files
+    return hashlib.sha256(b"".join(store.read(name) for name in files)).hexdigest()
+
 
 def command(folder: Path, *arguments: str, cache: Path | None = None) -> list[str]:
     """The training command of a tiny run into ``folder``; later options win over the tiny ones."""
@@ -97,9 +111,13 @@ def options_of(folder: Path, *arguments: str, cache: Path | None = None) -> list
 
 
 def train(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> Run:
-    """Run the command line in a process of its own and wait for it."""
-    program = ("numina_finetune", *options_of(folder, *arguments))
-    result = run_module(*program, env=env or environment(devices=4), timeout=timeout, together=True)
+    """A tiny run, in a process of its own, waited for."""
+    return train_as(folder, *options_of(folder, *arguments), env=env, timeout=timeout)
+
+
+def train_as(folder: Path, *options: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> Run:
+    """The command line with these options alone, which put the run into ``folder``, and waited for."""
+    result = run_module("numina_finetune", *options, env=env or environment(devices=4), timeout=timeout, together=True)
     return Run(result.returncode, result.stdout, folder)
 
 

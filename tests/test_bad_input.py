@@ -306,7 +306,7 @@ SAME = [*TINY, "--max-steps", "1", "--backend", "native"]
 
 def test_the_same_run_id_with_another_learning_rate_is_refused_with_both(refused: Refused, finished: Run) -> None:
     said = refused(*SAME, "--run-id", "first", "--learning-rate", "0.5", output_dir=finished.folder)
-    assert "run first" in said and "--learning-rate 0.001" in said and "0.5" in said and "--run-id" in said
+    assert "run first" in said and "--learning-rate 2e-05" in said and "0.5" in said and "--run-id" in said
 
 
 def test_every_setting_that_differs_from_the_runs_is_named(refused: Refused, finished: Run) -> None:
@@ -319,7 +319,7 @@ def test_a_folder_with_another_runs_checkpoints_is_refused_and_left_alone(refuse
     assert finished.checkpoints
     said = refused(*SAME, "--learning-rate", "0.5", output_dir=finished.folder)
     assert str(finished.folder) in said and "first" in said
-    assert "--learning-rate 0.001, here 0.5" in said and "another --output-dir" in said
+    assert "--learning-rate 2e-05, here 0.5" in said and "another --output-dir" in said
 
 
 def test_an_output_folder_that_is_a_file_is_refused(refused: Refused, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_first_batch_is_shown_as_the_model_sees_it(dry: Callable[..., Page])
 
 def test_the_memory_of_a_device_is_reckoned_from_the_shapes(dry: Callable[..., Page]) -> None:
     """Of 1,057,856 parameters: 4 bytes each, as much for the gradient, twice that for AdamW."""
-    whole = dry("--learning-rate", "0.001")["memory of a device"]
+    whole = dry()["memory of a device"]
     assert whole.startswith("1,057,856 parameters are trained; a device holds at least 0.017")
     assert "weights 0.00423 GB, gradients 0.00423 GB, optimizer 0.00846 GB" in whole
     adapters = dry("--lora-rank", "4")["memory of a device"]

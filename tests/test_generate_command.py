@@ -17,7 +17,7 @@ from numina_finetune.config import RunConfig
 from numina_finetune.models.load import load_model
 from numina_finetune.models.tokenizer import load_tokenizer
 
-TINY = ("generate", "--model", "tiny-qwen3", "--backend", "native", "--max-new-tokens", "8", "--precision", "fp32")
+TINY = ("generate", "--model", "tiny-qwen3", "--backend", "native", "--max-new-tokens", "8")
 
 pytestmark = pytest.mark.usefixtures("native_here")
 
@@ -31,7 +31,7 @@ def test_one_answer_is_printed_alone_and_is_the_continuation_that_transformers_g
 ) -> None:
     assert cli.run_command([*TINY, "--raw", "--prompt", "Question: 2+2?"]) == 0
     said = capsys.readouterr()
-    config = RunConfig(model_name="tiny-qwen3", precision="fp32", seed=42)
+    config = RunConfig(model_name="tiny-qwen3", seed=42)
     tokenizer = load_tokenizer(config)
     ids = torch.tensor([tokenizer("Question: 2+2?")["input_ids"]])
     model = load_model(config, tokenizer)

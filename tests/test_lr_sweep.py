@@ -27,7 +27,6 @@ from numina_finetune.sweep.trials import parse_rates, trials_of
 from tests.conftest import ROOT, TINY, environment
 
 PASSED = [*TINY, "--backend", "native", "--metadata-url", "none", "--output-dir", "sweep"]
-del PASSED[PASSED.index("--learning-rate") : PASSED.index("--learning-rate") + 2]
 
 
 # --- rates and trials -------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ class Bench:
             *("--lrs", ",".join(map(str, RATES)), "--diverge-steps", "5"),
             *PASSED,
             *("--output-dir", str(folder), "--max-steps", "60", "--logging-steps", "1", "--save-steps", "10"),
-            *("--save-total-limit", "1", "--remat", "none"),
+            *("--save-total-limit", "1"),
         ]
 
     def start(self) -> subprocess.Popen[str]:

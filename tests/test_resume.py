@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -31,11 +30,6 @@ def undisturbed(folder: Path) -> Run:
     run = train(folder / "undisturbed", *RUN, env=FOUR)
     assert run.code == 0, run.output
     return run
-
-
-def weights(run: Run) -> str:
-    """sha256 of the exported fp32 weights."""
-    return hashlib.sha256((run.run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def steps_logged(folder: Path) -> int:
@@ -85,7 +79,7 @@ def test_sigterm_saves_at_the_next_step_and_the_same_command_resumes_to_identica
     first, second = run.outcome(1), run.outcome(2)
     assert (first["kind"], second["kind"]) == ("preempted", "done")
     assert f"resumed from the checkpoint of step {first['step']}/{STEPS}" in run.output
-    assert weights(run) == weights(undisturbed)
+    assert run.state == undisturbed.state
     assert run.losses == undisturbed.losses
 
 
@@ -96,7 +90,7 @@ def test_sigkill_loses_only_the_steps_since_the_last_checkpoint_and_nothing_of_t
     assert codes == [-signal.SIGKILL]
     assert not (run.run / "attempts" / "1" / "outcome.json").exists()
     assert run.outcome(2)["kind"] == "done"
-    assert weights(run) == weights(undisturbed)
+    assert run.state == undisturbed.state
     assert run.losses == undisturbed.losses
 
 
@@ -119,7 +113,7 @@ def test_ten_kills_in_one_run_leave_identical_weights(
     run, codes = lives_until_done(folder / f"ten-{number.name}", notices, LONG_RUN)
     assert run.code == 0, run.output
     assert codes == [42 if number == signal.SIGTERM else -signal.SIGKILL] * 10
-    assert weights(run) == weights(long_undisturbed)
+    assert run.state == long_undisturbed.state
     assert run.losses == long_undisturbed.losses
 
 
@@ -150,7 +144,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, undistu
     assert again.code == 0, again.output
     assert f"checkpoint of step {STEPS} is damaged, falling back" in again.output
     assert f"resumed from the checkpoint of step {STEPS - 3}/{STEPS}" in again.output
-    assert weights(again) == weights(undisturbed)
+    assert again.state == undisturbed.state
 
 
 def test_only_the_newest_checkpoints_are_kept_and_no_uncommitted_one(undisturbed: Run) -> None:
@@ -168,7 +162,7 @@ def test_a_resume_from_an_earlier_step_keeps_what_it_saves_and_ends_in_the_same_
     assert f"resumed from the checkpoint of step 18/{STEPS}" in again.output
     assert [path.parent.name for path in again.checkpoints] == [f"step-{STEPS:08d}"]
     assert again.checkpoints[0].name == "attempt-2"
-    assert weights(again) == weights(undisturbed)
+    assert again.state == undisturbed.state
 
 
 def test_a_life_that_left_no_checkpoint_binds_nothing(tmp_path: Path) -> None:
@@ -178,15 +172,15 @@ def test_a_life_that_left_no_checkpoint_binds_nothing(tmp_path: Path) -> None:
     mended = ("--run-id", "mine", "--max-steps", "2", "--logging-steps", "1", "--learning-rate", "5e-4")
     second = train(tmp_path / "out", *mended, env=environment())
     assert second.code == 0, second.output
-    assert next(record["learning_rate"] for record in second.metrics if "loss" in record) == 5e-4
+    assert max(record["learning_rate"] for record in second.metrics if "loss" in record) == 5e-4
 
 
 def test_the_run_again_after_its_end_does_nothing_and_says_so(undisturbed: Run) -> None:
-    before = weights(undisturbed)
+    before = undisturbed.state
     again = train(undisturbed.folder, *RUN, env=FOUR)
     assert again.code == 0
     assert "nothing to do" in again.output
-    assert weights(again) == before
+    assert again.state == before
 
 
 def test_a_checkpoint_of_one_backend_resumes_on_the_other(folder: Path, undisturbed: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -20,12 +19,12 @@ import pytest
 from numina_finetune.checkpoint.layout import CHECKPOINTS, COMMITTED, place_of
 from numina_finetune.checkpoint.reading import committed
 from numina_finetune.storage import open_store
-from tests.conftest import environment, options_of, train
+from tests.conftest import environment, options_of, state_of, train
 from tests.gcs import Gcs
 from tests.programs import Program
 
 Result = tuple[str, list[float]]
-"""The exported weights' sha256, and all losses."""
+"""The sha256 of the last checkpoint's weights and moments, and all losses."""
 STEPS = 40
 RUN = (
     *("--run-id", "mine", "--max-steps", str(STEPS), "--save-steps", "2", "--save-total-limit", "2"),
@@ -73,8 +72,8 @@ class Bucket:
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in committed(open_store(f"{self.url}/mine"))]
 
-    def weights(self) -> str:
-        return hashlib.sha256(open_store(f"{self.url}/mine").read("model/model.safetensors")).hexdigest()
+    def state(self) -> str:
+        return state_of(open_store(f"{self.url}/mine"))
 
     def losses(self) -> list[float]:
         lines = open_store(f"{self.url}/mine").read("metrics.jsonl").decode().splitlines()
@@ -138,13 +137,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(machine: Path) -> Callable[[int | None], Result]:
-    """Weights and losses of the same run in a local folder, never stopped, by the number of virtual devices."""
+    """State and losses of the same run in a local folder, never stopped, by the number of virtual devices."""
 
     @cache
     def of(devices: int | None) -> Result:
         run = train(machine / f"undisturbed-{devices}", *RUN, env=environment(devices=devices))
         assert run.code == 0, run.output
-        return hashlib.sha256((run.run / "model" / "model.safetensors").read_bytes()).hexdigest(), run.losses
+        return run.state, run.losses
 
     return of
 
@@ -158,7 +157,7 @@ def undisturbed(reference: Callable[[int | None], Result]) -> Result:
 def test_a_run_in_a_bucket_ends_as_one_in_a_folder(service: Gcs, machine: Path, undisturbed: Result) -> None:
     bucket = Bucket(service, machine, "whole", environment())
     output = finish(bucket)
-    assert (bucket.weights(), bucket.losses()) == undisturbed
+    assert (bucket.state(), bucket.losses()) == undisturbed
     assert bucket.steps() == [STEPS, STEPS - 2]
     names = set(open_store(f"{bucket.url}/mine").names())
     assert {"run.yaml", "data_report.json", "attempts/1/outcome.json", "model/config.json"} <= names
@@ -174,7 +173,7 @@ def test_six_kills_in_six_phases_change_nothing(service: Gcs, machine: Path, und
     for phase in ("commit", "restore", "step", "copy", "upload", "prune"):
         strike(bucket, phase, rng)
     finish(bucket)
-    assert (bucket.weights(), bucket.losses()) == undisturbed
+    assert (bucket.state(), bucket.losses()) == undisturbed
     assert nothing_left_over(bucket)
 
 
@@ -203,7 +202,7 @@ def test_many_kills_in_all_phases_change_nothing(
         done[phase] += 1
     finish(bucket)
     print(f"{devices or 'native'}: {sum(done.values())} kills: {dict(done)}")
-    assert (bucket.weights(), bucket.losses()) == reference(devices)
+    assert (bucket.state(), bucket.losses()) == reference(devices)
     assert nothing_left_over(bucket)
 
 
@@ -228,4 +227,4 @@ def test_a_machine_that_goes_while_storage_hangs_is_obeyed_and_nothing_half_is_c
     assert bucket.steps() == [2]
     service.clear()
     finish(bucket)
-    assert (bucket.weights(), bucket.losses()) == undisturbed
+    assert (bucket.state(), bucket.losses()) == undisturbed

@@ -32,10 +32,8 @@ steps:
     options:
       <<: *data
       cache_dir: ${data.cache}
-      precision: fp32
       per_device_train_batch_size: 1
       backend: native
-      learning_rate: 1.0e-3
       max_steps: 3
       save_steps: 2
       metadata_url: none

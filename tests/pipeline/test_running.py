@@ -26,7 +26,6 @@ SECOND_STAGE = """
       <<: *data
       model_name: ${cot.model}
       cache_dir: ${data.cache}
-      precision: fp32
       per_device_train_batch_size: 1
       backend: native
       max_steps: 2

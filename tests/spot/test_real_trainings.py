@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -17,7 +16,7 @@ from numina_finetune.errors import ExitCode
 from numina_finetune.spot.fake import Fault
 from numina_finetune.spot.job import Job
 from numina_finetune.spot.report import account
-from tests.conftest import TINY
+from tests.conftest import TINY, state_of
 from tests.gcs import Gcs, gcs
 from tests.spot.bench import Bench, Strike
 
@@ -82,10 +81,6 @@ class Runs:
         return bench
 
 
-def weights(bench: Bench) -> str:
-    return hashlib.sha256(bench.store.read("model/model.safetensors")).hexdigest()
-
-
 def losses(bench: Bench) -> list[float]:
     lines = bench.store.read("metrics.jsonl").decode().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
@@ -96,7 +91,7 @@ def check(runs: Runs, strikes: dict[int, Strike], *, refused: int) -> None:
     undisturbed = runs.run("alone", {})
     assert undisturbed.cloud.trace == undisturbed.expected_trace(1)
     bench = runs.run("struck", strikes, refused=refused)
-    assert weights(bench) == weights(undisturbed)
+    assert state_of(bench.store) == state_of(undisturbed.store)
     assert losses(bench) == losses(undisturbed)
     assert bench.cloud.trace == bench.expected_trace(len(strikes) + 2, refused=refused)
     assert (bench.cloud.machines(), bench.cloud.most_at_once, bench.processes()) == ([], 1, [])

@@ -17,9 +17,7 @@ from tests.programs import tell
 
 def main(task: str, folder: Path, *options: str) -> dict[str, Any]:
     mapping = dict(option.split("=", 1) for option in options)
-    config = RunConfig.from_mapping(
-        {"model_name": "tiny-qwen3", "max_seq_length": 64, "precision": mapping.pop("precision", "fp32"), **mapping}
-    )
+    config = RunConfig.from_mapping({"model_name": "tiny-qwen3", "max_seq_length": 64, **mapping})
     name, _ = launch.choose_backend(config)
     launch.prepare_environment(name)
     tasks = {"export": export, "nonfinite": nonfinite, "reload": reload, "uneven": uneven, "generation": generation}

@@ -60,7 +60,7 @@ def test_wandb_gets_settings_data_versions_and_commit_without_secrets(resumed: R
     for record in records(path):
         for update in [*record.run.config.update, *record.config.update]:
             said[update.key or update.nested_key[0]] = json.loads(update.value_json)
-    assert said["config"]["learning_rate"] == 1e-3
+    assert said["config"]["learning_rate"] == 2e-5
     assert said["data"]["sources"][0]["rows"] == 256
     assert {"python", "torch"} <= set(said["versions"])
     assert b"hunter2" not in path.read_bytes()
@@ -89,7 +89,7 @@ def test_tensorboard_shows_every_step_of_a_resumed_run_once(resumed: Run) -> Non
     recorded = {record["step"]: record["loss"] for record in resumed.metrics if "loss" in record}
     for event in events.Scalars("loss"):
         assert event.value == pytest.approx(recorded[event.step], rel=1e-6)
-    assert "learning_rate: 0.001" in events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "learning_rate: 2.0e-05" in events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
 # --- the run's own account --------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run, environment, train
+from tests.test_parity import EXACT
 
-STEPS = ("--max-steps", "6", "--save-steps", "2", "--logging-steps", "1", "--global-batch-size", "4")
+STEPS = ("--max-steps", "6", "--save-steps", "2", "--logging-steps", "1", "--global-batch-size", "4", *EXACT)
 NATIVE = ("--per-device-train-batch-size", "4")
 
 

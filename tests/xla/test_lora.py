@@ -13,12 +13,13 @@ from numina_finetune.config import RunConfig
 from numina_finetune.plan.geometry import geometry_of
 from tests.conftest import environment, train
 from tests.programs import run_module
+from tests.test_parity import EXACT
 from tests.xla.test_checkpoints import go_back
 from tests.xla.test_hygiene import CLEAN
 
 OPTIONS = (
     *("--model-name", "tiny-gpt-oss", "--lora-rank", "4", "--lora-export", "adapter"),
-    *("--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--global-batch-size", "4"),
+    *("--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", "--global-batch-size", "4", *EXACT),
 )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import environment, train
+from tests.test_parity import EXACT
 from tests.xla.test_hygiene import CLEAN
 
-STEPS = ("--max-steps", "3", "--logging-steps", "1", "--save-steps", "0", "--precision", "fp32", "--warmup-ratio", "0")
+STEPS = ("--max-steps", "3", "--logging-steps", "1", "--save-steps", "0", *EXACT)
 
 
 @pytest.mark.parametrize(
