@@ -36,9 +36,9 @@ def run(command: str, *arguments: str, cache: Path | None = None) -> int:
 
 
 def test_preview_marks_the_targets(data: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("preview", "--dataset-name", data["train"], "--rows", "2") == 0
+    assert run("preview", "--dataset-name", data["train"]) == 0
     output = capsys.readouterr().out
-    assert output.count("⟦") == 2 and "⟦1+1 = 2\n#### 2<|im_end|>⟧" in output
+    assert output.count("⟦") == 3 and "⟦1+1 = 2\n#### 2<|im_end|>⟧" in output
     assert "format gsm8k" in output and "\x1b" not in output
 
 
@@ -66,14 +66,14 @@ def test_prepare_fills_the_cache_and_says_what_came_of_the_rows(
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 
-def test_report_is_written_with_its_picture(data: dict[str, str], tmp_path: Path) -> None:
-    options = ("--dataset-name", data["train"], "--report-dir", str(tmp_path / "report"))
-    assert run("report", *options, cache=tmp_path / "cache") == 0
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {
-        "data_report.json",
-        "data_report.md",
-        "lengths.png",
-    }
+def test_report_is_written_with_its_picture(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, options in (("data-report", ()), ("other", ("--report-dir", str(tmp_path / "other")))):
+        assert run("report", "--dataset-name", data["train"], *options, cache=tmp_path / "cache") == 0
+        written = {path.name for path in (tmp_path / place).iterdir()}
+        assert written == {"data_report.json", "data_report.md", "lengths.png"}
 
 
 def test_check_finds_a_benchmarks_questions_and_exits_3(

@@ -14,7 +14,7 @@ from numina_finetune import cli
 from tests.conftest import environment, train
 from tests.programs import Program, run_module
 
-TINY = ("--model", "tiny-qwen3", "--task", "synthetic-gsm8k", "--backend", "native", "--max-new-tokens", "16")
+TINY = ("--model", "tiny-qwen3", "--task", "synthetic-gsm8k", "--max-new-tokens", "16")
 
 
 def evaluate(*arguments: str) -> int:
@@ -78,6 +78,9 @@ def test_an_evaluation_is_repeated_refused_and_compared(tmp_path: Path, capsys: 
     assert cli.run_command(["compare", str(a), str(b), "--output-dir", str(tmp_path / "both")]) == 0
     assert "+0.0 points over 5 problems" in capsys.readouterr().out
     assert (tmp_path / "both" / "comparison.html").is_file()
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.run_command(["compare", str(a), str(b)]) == 0
+    assert sorted(tmp_path.rglob("*")) == before, "printed, where no folder is named"
 
 
 @pytest.mark.usefixtures("native_here")
@@ -100,6 +103,14 @@ def test_a_run_its_export_and_its_best_checkpoint_are_evaluated_alike(tmp_path: 
     assert said[0] == said[1]
     assert summary(tmp_path / "run")["settings"]["checkpoint"] == "step 4, attempt 1"
     assert summary(tmp_path / "best")["settings"]["checkpoint"].startswith("step ")
+
+
+@pytest.mark.slow
+def test_a_whole_task_is_asked_as_it_is_where_nothing_else_is_said(tmp_path: Path) -> None:
+    words = ("evaluate", "--model", "tiny-qwen3", "--task", "synthetic-gsm8k", "--output-dir", str(tmp_path / "out"))
+    asked = run_module("numina_finetune", *words, env=environment(), timeout=3000)
+    assert asked.returncode == 0, asked.stderr
+    assert lines(tmp_path / "out") == 256 and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import torch
 from numina_finetune import cli
 from numina_finetune.cli import backends
 from numina_finetune.config import RunConfig
+from numina_finetune.evaluation.sandbox import Minimum
 from numina_finetune.models.load import load_model
 from numina_finetune.models.tokenizer import load_tokenizer
+from tests.evaluation.tiers import missing
 
-TINY = ("generate", "--model", "tiny-qwen3", "--backend", "native", "--max-new-tokens", "8")
+TINY = ("generate", "--model", "tiny-qwen3", "--max-new-tokens", "8")
 
 pytestmark = pytest.mark.usefixtures("native_here")
 
@@ -52,6 +54,13 @@ def test_text_in_a_pipe_is_one_prompt_and_a_dash_is_one_a_line(
     assert cli.run_command([*TINY, "--prompts", "-", "--tools", "python", "--sandbox-minimum", "none", *limits]) == 0
     said = capsys.readouterr()
     assert "2 prompts, 2 to do" in said.err and "# prompt 1" in said.out
+
+
+def test_tools_run_as_isolated_as_is_asked_for_by_default_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    lacks = missing(Minimum.ISOLATED)
+    assert cli.run_command([*TINY, "--prompt", "2+2?", "--tools", "python"]) == (2 if lacks else 0)
+    said = capsys.readouterr()
+    assert "--sandbox-minimum isolated" in said.err if lacks else "1/1 prompts" in said.err
 
 
 def test_a_file_of_answers_goes_on_where_it_was_cut_and_takes_no_others(

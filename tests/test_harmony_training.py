@@ -35,6 +35,7 @@ def test_a_model_trained_on_real_tool_calls_ends_its_turns_as_harmony_does(tmp_p
         **{"model_name": "tiny-gpt-oss", "tokenizer_name": str(folder), "output_dir": str(tmp_path / "out")},
         **{"datasets": [{"name": str(rows), "format": "numina_tir"}], "cache_dir": str(tmp_path / "cache")},
         **{"max_seq_length": 768, "per_device_train_batch_size": 1, "max_steps": 30, "precision": "fp32"},
+        # Thirty steps are to learn the rows by heart.
         **{"learning_rate": 5e-3, "warmup_ratio": 0.1, "save_steps": 0, "logging_steps": 5},
     }
     config.write_text(yaml.safe_dump(options), encoding="utf-8")

@@ -44,7 +44,7 @@ def test_own_conversations_mix_with_another_source_by_weight(tmp_path: Path, cac
         tmp_path / "out",
         *SHORT,
         *("--dataset-name", str(chats), "--format", "messages"),  # beside the tiny run's own GSM8K-style source
-        *("--dataset-weight", "1", "--dataset-weight", "3"),
+        *("--dataset-weight", "1", "--dataset-weight", "3", "--validation-size", "8"),
         env=NATIVE,
     )
     assert run.code == 0, run.output
@@ -54,13 +54,15 @@ def test_own_conversations_mix_with_another_source_by_weight(tmp_path: Path, cac
         ("messages", 40, 40),
     ]
     assert len(run.losses) == 3
+    assert [record["step"] for record in run.metrics if "eval_loss" in record] == [3], "at the end, if not told"
 
 
-def test_whole_epochs_end_by_themselves_and_report_the_evaluation_loss(tmp_path: Path, cache: str) -> None:
+@pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_whole_epochs_end_by_themselves_and_report_the_evaluation_loss(tmp_path: Path, cache: str, epochs: int) -> None:
+    more = ("--num-train-epochs", str(epochs)) if epochs > 1 else ()
     run = train(
         tmp_path / "out",
-        *("--validation-size", "0.25", "--num-train-epochs", "2", "--eval-steps", "8", "--logging-steps", "4"),
-        *("--per-device-train-batch-size", "8", "--save-steps", "0"),
+        *("--validation-size", "0.25", "--eval-steps", "4", "--per-device-train-batch-size", "8", *more),
         env=NATIVE,
     )
     assert run.code == 0, run.output
@@ -69,8 +71,8 @@ def test_whole_epochs_end_by_themselves_and_report_the_evaluation_loss(tmp_path:
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     trained_on = sum(record["tokens"] for record in run.metrics if "tokens" in record)
     report = json.loads((run.run / "data_report.json").read_text(encoding="utf-8"))
-    held_out = report["tokens"] - trained_on / 2
-    assert 0.2 < held_out / report["tokens"] < 0.3, "two epochs see each training token exactly twice"
+    held_out = report["tokens"] - trained_on / epochs
+    assert 0.2 < held_out / report["tokens"] < 0.3, "each epoch sees each training token exactly once"
 
 
 @pytest.mark.slow
@@ -91,7 +93,7 @@ def test_the_evaluation_loss_is_the_same_on_four_devices(tmp_path: Path, cache: 
     records = [record for run in runs for record in run.metrics if "eval_loss" in record]
     assert len(records) == 2
     assert records[0]["eval_tokens"] == records[1]["eval_tokens"]
-    assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-4)
+    assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-3)  # of bf16
     assert "training-graph compilations: 1;" in runs[1].output
 
 
@@ -102,8 +104,8 @@ def test_an_exported_model_is_trained_on_from_its_folder(tmp_path: Path, cache: 
     model = first.run / "model"
     second = train(tmp_path / "second", *steps, "--model-name", str(model), env=NATIVE)
     assert second.code == 0, second.output
-    assert second.losses[0] < first.losses[0] - 1
-    assert second.losses[0] == pytest.approx(first.losses[-1], rel=0.25)
+    assert second.losses[0] < first.losses[0], "of the same rows"
+    assert second.losses[0] == pytest.approx(first.losses[-1], rel=0.05)
 
 
 def test_a_resume_does_not_need_the_base_weights(tmp_path: Path, cache: str) -> None:
@@ -155,6 +157,7 @@ def test_real_gsm8k_trains_with_the_real_qwen3_tokenizer(tmp_path: Path) -> None
         tmp_path / "out",
         *("--max-steps", "4", "--logging-steps", "1", "--save-steps", "0", "--max-seq-length", "128"),
         *("--tokenizer-name", str(data / "tokenizers" / "qwen3"), "--gsm8k-style", "annotated"),
+        *("--learning-rate", "1e-3"),  # at which four steps of different rows show that it learns
         env=environment(devices=2),
     )
     assert run.code == 0, run.output

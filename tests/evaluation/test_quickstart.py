@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from numina_finetune.evaluation.solving import Attempt
 from numina_finetune.evaluation.tasks import Problem
 from numina_finetune.torch_native.backend import NativeBackend
 from numina_finetune.train.plots import plot_loss, read_lives, smooth
+from tests.conftest import environment
 
 
 def write_metrics(path: Path, records: list[tuple[int, int, float]], tail: str = "") -> Path:
@@ -44,6 +47,16 @@ def test_a_folder_with_an_earlier_quickstart_is_refused_rather_than_continued(tm
     (tmp_path / "tiny-qwen3").mkdir()
     with pytest.raises(ConfigError, match="already holds a quickstart"):
         quickstart.run_quickstart(tmp_path, NativeBackend)
+
+
+@pytest.mark.slow
+def test_the_command_alone_shows_all_of_it(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "numina_finetune", "quickstart"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "quickstart-run" / "tiny-qwen3"
+    found = json.loads((run / "quickstart.json").read_text(encoding="utf-8"))
+    assert found["preempted_at"] and (run / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("right", "code"), [(240, ExitCode.DONE), (130, ExitCode.CRASHED)])

@@ -89,6 +89,10 @@ def test_the_list_shows_what_a_changed_option_would_run(
     named = ["run", str(ran.file), "--output-dir", ran.output_dir, "--run-id", "other", "--list"]
     assert cli.run_command(named) == ExitCode.DONE
     assert str(Path(ran.output_dir) / "other" / "cot-") in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert cli.run_command(["run", str(ran.file), "--list"]) == ExitCode.DONE
+    assert str(Path("runs", "tiny", "cot-")) in capsys.readouterr().out, "where no place is named"
     assert cli.run_command([*named[:-2], "a/b"]) == ExitCode.CONFIGURATION
     assert "--run-id 'a/b' cannot name a folder" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from numina_finetune.data.synthetic import generate_problems
 from numina_finetune.models.builtin import TINY_TOKENIZER, tiny_config
+from numina_finetune.option_fields import flag
 from numina_finetune.plan.geometry import GEOMETRIES
 from tests.conftest import ROOT
 
@@ -27,23 +28,16 @@ DEVICES = 4
 CHIPS = 16
 """Of the largest slice that a dense recipe is planned for: more rows a step than these take at once accumulate."""
 HELD_OUT = 8
+GENERATED = "synthetic-gsm8k"
 LENGTHS = {"gsm8k": 128, "numina_cot": 128, "numina_tir": 512}
-"""Tokens in a row by the rows' format: as short as what :func:`write_rows` writes allows."""
+"""Tokens in a row by the rows' format: as short as what :func:`rows` writes allows."""
 REPLACED = frozenset(
     {
-        *("model_name", "datasets", "eval_dataset_name", "eval_split", "validation_size", "max_seq_length"),
+        *("model_name", "datasets", "eval_dataset_name", "validation_size", "max_seq_length"),
         *("per_device_train_batch_size", "global_batch_size", "num_train_epochs", "max_steps", "eval_steps"),
     }
 )
 """All that a recipe's run may have otherwise here, besides a mesh that takes more than four devices."""
-BARE: Mapping[str, Mapping[str, Any]] = {
-    "bare": {"model": "tied"},
-    "bare, untied": {"model": "untied"},
-    "bare, gpt-oss": {"model": "gpt-oss"},
-    "bare, LoRA": {"model": "tied", "lora_rank": 4},
-    "bare, untied, LoRA": {"model": "untied", "lora_rank": 4},
-}
-"""Of users who say no more than a model, a dataset, a place, and perhaps that they want adapters."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +48,22 @@ class Setting:
     kept: Mapping[str, Any]
     """The options that stay, and the kind of ``model`` and the ``sources`` that take the places of the recipe's own."""
 
-    def write(self, folder: Path, devices: int) -> Path:
-        """The run's YAML for so many devices, with its model and rows in ``folder``."""
+    def words(self, folder: Path, devices: int) -> list[str]:
+        """The command on so many devices, but for its place; ``folder`` holds what it reads."""
         own = dict(self.kept)
-        kind, sources = own.pop("model"), own.pop("sources", [{"format": "gsm8k"}])
-        evaluates, accumulates = own.pop("evaluates", None), own.pop("accumulates", False)
+        kind, sources = own.pop("model"), own.pop("sources")
+        evaluates, accumulates = own.pop("evaluates"), own.pop("accumulates")
         own |= {
             "model_name": model(folder, kind),
             "datasets": [{**source, "name": rows(folder, source["format"])} for source in sources],
             "max_seq_length": LENGTHS[sources[0]["format"]],
             "max_steps": STEPS,
-            "per_device_train_batch_size": DEVICES // devices,  # as many rows and micro-batches on any number of devices
-            "metadata_url": "none",
+            "per_device_train_batch_size": DEVICES // devices,  # the same micro-batches on any number of devices
         }
         if evaluates == "validation_size":
             own["validation_size"] = HELD_OUT
         elif evaluates:
-            own |= {"eval_dataset_name": rows(folder, sources[0]["format"], HELD_OUT), "eval_split": "train"}
+            own["eval_dataset_name"] = GENERATED
         if evaluates:
             own["eval_steps"] = STEPS // 2
         if accumulates:
@@ -79,7 +72,27 @@ class Setting:
             del own["mesh"]
         path = folder / f"{self.name}, {devices}.yaml"
         path.write_text(yaml.safe_dump(own), encoding="utf-8")
-        return path
+        return ["--config", str(path)]
+
+
+class Bare(Setting):
+    """A command that says no more than a model, a dataset, a place, and perhaps that there are to be adapters."""
+
+    def words(self, folder: Path, devices: int) -> list[str]:
+        given = {**self.kept, "model_name": model(folder, self.kept["model"]), "dataset_name": GENERATED}
+        del given["model"]
+        given |= {"max_steps": STEPS, "max_seq_length": LENGTHS["gsm8k"]}
+        given["per_device_train_batch_size"] = DEVICES // devices
+        return [word for name, value in given.items() for word in (flag(name), str(value))]
+
+
+BARE = (
+    Bare("bare", {"model": "tied"}),
+    Bare("bare, untied", {"model": "untied"}),
+    Bare("bare, gpt-oss", {"model": "gpt-oss"}),
+    Bare("bare, LoRA", {"model": "tied", "lora_rank": 4}),
+    Bare("bare, untied, LoRA", {"model": "untied", "lora_rank": 4}),
+)
 
 
 def settings() -> list[Setting]:
@@ -88,10 +101,7 @@ def settings() -> list[Setting]:
     for path in RECIPES:
         kept = without_sizes(yaml.safe_load(path.read_text(encoding="utf-8")))
         found.setdefault(json.dumps(kept, sort_keys=True), ([], kept))[0].append(path.stem)
-    return [
-        *(Setting(name, kept) for name, kept in BARE.items()),
-        *(Setting("+".join(names), kept) for names, kept in found.values()),
-    ]
+    return [*BARE, *(Setting("+".join(names), kept) for names, kept in found.values())]
 
 
 def without_sizes(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +135,15 @@ def model(folder: Path, kind: str) -> str:
     return str(place)
 
 
-def rows(folder: Path, form: str, count: int = 0) -> str:
-    """A file of generated problems as the dataset of this format has them: those of training, or ``count`` others."""
-    path = folder / f"{form}-{count}.jsonl"
+def rows(folder: Path, form: str) -> str:
+    """Generated problems as a dataset of this format has them."""
+    if form == "gsm8k":
+        return GENERATED
+    path = folder / f"{form}.jsonl"
     if not path.is_file():
-        problems = generate_problems("test" if count else "train", count=count or 4096)
-        path.write_text("".join(json.dumps(ROWS[form](**problem)) + "\n" for problem in problems), encoding="utf-8")
+        written = (ROWS[form](**problem) for problem in generate_problems("train", count=2000))
+        path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return str(path)
-
-
-def _gsm8k(question: str, answer: str) -> dict[str, Any]:
-    return {"question": question, "answer": answer}
 
 
 def _numina_cot(question: str, answer: str) -> dict[str, Any]:
@@ -156,5 +164,5 @@ def _solved(problem: str, solution: str) -> dict[str, Any]:
     return {"problem": problem, "solution": solution, "messages": turns}
 
 
-ROWS = {"gsm8k": _gsm8k, "numina_cot": _numina_cot, "numina_tir": _numina_tir}
+ROWS = {"numina_cot": _numina_cot, "numina_tir": _numina_tir}
 """By the format: a row of it out of a generated problem."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,9 +31,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     @cache
     def of(name: str, devices: int | None) -> Run:
         setting = next(setting for setting in settings() if setting.name == name)
-        place = folder / f"{name}, {devices or 'native'}"
-        options = ("--config", str(setting.write(folder, devices or 1)), "--output-dir", str(place))
-        return train_as(place, *options, "--cache-dir", str(folder / "cache"), env=environment(devices=devices))
+        place, env = folder / f"{name}, {devices or 'native'}", environment(devices=devices, XDG_CACHE_HOME=str(folder))
+        return train_as(place, *setting.words(folder, devices or 1), "--output-dir", str(place), env=env)
 
     return lambda setting, devices: of(setting.name, devices)
 
@@ -58,8 +56,10 @@ def test_what_users_run_trains_on_xla_as_natively(found: Found, setting: Setting
         trains(run)
     assert CLEAN in xla.output
     apart = [abs(ours - theirs) for ours, theirs in zip(xla.losses, native.losses, strict=True)]
-    print(f"FIGURES {setting.name} devices={devices} apart={max(apart):.5f} "
-          f"native {native.losses[0]:.4f}->{sum(native.losses[-5:]) / 5:.4f} xla {xla.losses[0]:.4f}->{sum(xla.losses[-5:]) / 5:.4f}")
+    print(
+        f"FIGURES {setting.name} devices={devices} apart={max(apart):.5f} "
+        f"native {native.losses[0]:.4f}->{sum(native.losses[-5:]) / 5:.4f} xla {xla.losses[0]:.4f}->{sum(xla.losses[-5:]) / 5:.4f}"
+    )
     assert max(apart) < APART
 
 
