@@ -70,10 +70,12 @@ def test_report_is_written_with_its_picture(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for place, options in (("data-report", ()), ("other", ("--report-dir", str(tmp_path / "other")))):
-        assert run("report", "--dataset-name", data["train"], *options, cache=tmp_path / "cache") == 0
+        assert run("report", "--dataset-name", data["train"], *options) == 0
         written = {path.name for path in (tmp_path / place).iterdir()}
         assert written == {"data_report.json", "data_report.md", "lengths.png"}
+    assert any((tmp_path / "numina_finetune").iterdir()), "prepared once, where all commands look"
 
 
 def test_check_finds_a_benchmarks_questions_and_exits_3(

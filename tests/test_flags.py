@@ -227,6 +227,7 @@ def test_every_flag_of_the_small_commands_is_given_by_a_test() -> None:
 
 GIVEN_HERE = {
     "sweep --diverge-factor": ("numina_finetune.sweep.command.run_sweep", "3.5", "factor=3.5"),
+    "sweep --diverge-steps": ("numina_finetune.sweep.command.run_sweep", "7", "steps=7"),
     "stage --model-revision": ("numina_finetune.models.stage.run_stage", "v1", "('m', 'v1', 'places')"),
     "spot logs --follow": ("numina_finetune.spot.commands.logs", "", "'follow': True"),
 }

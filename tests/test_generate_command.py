@@ -58,7 +58,8 @@ def test_text_in_a_pipe_is_one_prompt_and_a_dash_is_one_a_line(
 
 def test_tools_run_as_isolated_as_is_asked_for_by_default_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     lacks = missing(Minimum.ISOLATED)
-    assert cli.run_command([*TINY, "--prompt", "2+2?", "--tools", "python"]) == (2 if lacks else 0)
+    words = ["generate", "--model", "tiny-qwen3", "--prompt", "2+2?", "--tools", "python"]
+    assert cli.run_command(words) == (2 if lacks else 0)
     said = capsys.readouterr()
     assert "--sandbox-minimum isolated" in said.err if lacks else "1/1 prompts" in said.err
 

@@ -47,6 +47,14 @@ def test_a_step_with_adapters_compiles_with_moments_of_the_adapters_alone() -> N
     assert 0 < kinds["optimizer"] < kinds["weights"]
 
 
+@pytest.mark.slow
+def test_a_plan_without_options_compiles_what_its_advice_needs() -> None:
+    command = [sys.executable, "-m", "numina_finetune", "plan", "--model-name", "tiny-qwen3", "--tpu", "v5litepod-8"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "--per-device-train-batch-size" in ended.stdout
+
+
 @pytest.mark.parametrize("form", ["dropless", "capacity"])
 def test_a_step_with_experts_compiles_with_the_tokens_exchanged(form: str) -> None:
     options = ("--model-name", "tiny-gpt-oss", "--experts", form, "--mesh", "fsdp=2,expert=4", "--json")

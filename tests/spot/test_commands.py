@@ -89,6 +89,8 @@ def test_a_run_and_what_the_other_commands_say_of_it(
     said.clear()
     commands.logs(options.run_url, follow=True, say=said.append)
     assert said == [f"{job} 0-0 | begins" for job in ("setup-1", "train-1", "setup-2", "train-2")]
+    commands.logs(options.run_url, say=said.append)
+    assert said == 2 * said[:4]
     said.clear()
     commands.report(options.run_url, say=said.append)
     assert "2 lives, 60 steps, 240000 tokens; goodput" in said[0]

@@ -13,15 +13,22 @@ CLEAN = "training-graph compilations: 1; host reads between log lines: 0; operat
 
 
 @pytest.mark.parametrize(
-    ("capacity", "least", "most"), [(0.5, 0.3, 0.8), pytest.param(8.0, 0.0, 0.0, marks=pytest.mark.slow)]
+    ("capacity", "least", "most"),
+    [
+        (0.5, 0.3, 0.8),
+        pytest.param(None, 0.0, 0.3, marks=pytest.mark.slow),
+        pytest.param(8.0, 0.0, 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_dropped_tokens_are_counted_in_the_one_program(
-    tmp_path: Path, capacity: float, least: float, most: float
+    tmp_path: Path, capacity: float | None, least: float, most: float
 ) -> None:
     """Half of what balanced routing sends: about half is dropped, and said so; with room for all, nothing is."""
     options = ("--model-name", "tiny-gpt-oss", "--experts", "capacity", "--mesh", "fsdp=2,expert=2")
     steps = ("--max-steps", "3", "--logging-steps", "1", "--save-steps", "0", "--global-batch-size", "4")
-    run = train(tmp_path / "out", *options, "--expert-capacity", str(capacity), *steps, env=environment(devices=4))
+    if capacity is not None:
+        options = (*options, "--expert-capacity", str(capacity))
+    run = train(tmp_path / "out", *options, *steps, env=environment(devices=4))
     assert run.code == 0, run.output
     assert CLEAN in run.output
     shares = [record["dropped_share"] for record in run.metrics if "loss" in record]
