@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,8 +77,8 @@ def trains(run: Run, steps: int = STEPS) -> None:
 
 @pytest.mark.slow
 def test_the_bare_command_trains_at_its_own_sizes(tmp_path: Path) -> None:
-    words = ("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k", "--max-steps", "3")
+    words = ("--model-name", "tiny-qwen3", "--dataset-name", "synthetic-gsm8k", "--max-steps", "6")
     env = environment(devices=DEVICES, XDG_CACHE_HOME=str(tmp_path))
     run = train_as(tmp_path / "out", *words, "--output-dir", str(tmp_path / "out"), env=env, timeout=1800)
-    trains(run, 3)
+    trains(run, 6)
     assert CLEAN in run.output
