@@ -38,12 +38,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return lambda setting, devices: of(setting.name, devices)
 
 
+def often(setting: Setting, devices: int) -> list[pytest.MarkDecorator]:
+    return [] if setting.name in OFTEN and devices == DEVICES else [pytest.mark.slow]
+
+
 def cases() -> list[Any]:
     return [
         pytest.param(
             *(setting, devices),
             id=f"{setting.name}, {devices}",
-            marks=() if setting.name in OFTEN and devices == DEVICES else pytest.mark.slow,
+            # One worker takes all of a setting, so that its native run is made once.
+            marks=[pytest.mark.xdist_group(setting.name), *often(setting, devices)],
         )
         for setting in settings()
         for devices in (DEVICES, 1)
