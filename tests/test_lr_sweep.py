@@ -182,7 +182,7 @@ class Bench:
         self.words = [
             *("--lrs", ",".join(map(str, RATES))),
             *PASSED,
-            *("--output-dir", str(folder), "--max-steps", "60", "--logging-steps", "1", "--save-steps", "10"),
+            *("--output-dir", str(folder), "--max-steps", "45", "--logging-steps", "1", "--save-steps", "10"),
             *("--save-total-limit", "1"),
         ]
 
@@ -244,7 +244,7 @@ def test_a_finished_trial_is_not_run_again_and_an_interrupted_one_goes_on(swept:
 def test_a_diverging_trial_is_stopped_early_and_recorded(swept: tuple[Bench, str]) -> None:
     bench, _ = swept
     (trial,) = [trial for trial in bench.results["trials"] if trial["rate"] == 1.0]
-    assert trial["outcome"] == "diverged" and 20 <= trial["step"] < 60
+    assert trial["outcome"] == "diverged" and 20 <= trial["step"] < 45
     (life,) = bench.lives(1.0)
     assert life is not None and life["kind"] != "done"
 
@@ -278,8 +278,8 @@ def test_other_settings_in_the_same_folder_are_refused(
     swept: tuple[Bench, str], native_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench, _ = swept
-    assert cli.run_command(["sweep", *bench.words, "--max-steps", "61"]) == 2
-    assert "holds a sweep with --max-steps 60, this one has 61" in capsys.readouterr().err
+    assert cli.run_command(["sweep", *bench.words, "--max-steps", "46"]) == 2
+    assert "holds a sweep with --max-steps 45, this one has 46" in capsys.readouterr().err
 
 
 @pytest.mark.slow

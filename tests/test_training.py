@@ -62,7 +62,8 @@ def test_whole_epochs_end_by_themselves_and_report_the_evaluation_loss(tmp_path:
     more = ("--num-train-epochs", str(epochs)) if epochs > 1 else ()
     run = train(
         tmp_path / "out",
-        *("--validation-size", "0.25", "--eval-steps", "4", "--per-device-train-batch-size", "8", *more),
+        *("--dataset-max-samples", "80", "--validation-size", "0.25", "--eval-steps", "1"),
+        *("--per-device-train-batch-size", "8", *more),
         env=NATIVE,
     )
     assert run.code == 0, run.output

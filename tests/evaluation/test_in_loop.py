@@ -57,11 +57,14 @@ def test_options_that_ask_nothing_are_refused() -> None:
     assert "not asked anything" in config_faults(replace(SYNTHETIC, eval_task="gsm8k", eval_samples=0))[0]
 
 
-@pytest.mark.parametrize("devices", [None, 4])
-def test_accuracy_is_recorded_at_every_evaluation_and_keeps_its_checkpoint(tmp_path: Path, devices: int | None) -> None:
-    options = ("--max-steps", "4", "--eval-steps", "2", "--eval-samples", "6")
-    if devices:  # natively as many as users have
-        options = (*options, "--eval-max-new-tokens", "20")
+FEW = ("--eval-max-new-tokens", "20")
+
+
+@pytest.mark.parametrize(("devices", "few"), [(None, FEW), (4, FEW), pytest.param(None, (), marks=pytest.mark.slow)])
+def test_accuracy_is_recorded_at_every_evaluation_and_keeps_its_checkpoint(
+    tmp_path: Path, devices: int | None, few: tuple[str, ...]
+) -> None:
+    options = ("--max-steps", "4", "--eval-steps", "2", "--eval-samples", "6", *few)
     kept = ("--save-steps", "2", "--save-total-limit", "1", "--logging-steps", "1")
     backend = "native" if devices is None else "xla"
     run = train(tmp_path / "runs", *options, *kept, "--backend", backend, env=environment(devices=devices))
