@@ -1,13 +1,14 @@
-"""Adafactor, and what is measured of the gradients, on a mesh as natively."""
+"""Adafactor, the rounding of bf16 weights, and what is measured of the gradients, on a mesh as natively."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import environment, train
 from tests.programs import run_module
 from tests.train.live import _backend
 from tests.xla.optimizers import adafactor, measured, place, save, saved, steps
@@ -86,3 +87,22 @@ def test_gradient_noise_is_measured_in_the_same_program_with_the_same_numbers(
     for ours, theirs in zip(parts, native["measured"]["parts"][1:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
     assert "training-graph compilations: 1; host reads between log lines: 0" in xla["measured"]["summary"]
+
+
+def test_bf16_weights_are_rounded_to_the_same_bits_on_any_mesh_as_natively() -> None:
+    found = run_module("tests.xla.rounding", env=environment(devices=4))
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert json.loads(found.stdout.splitlines()[-1]) == {"same": [True] * 3, "outside": []}
+
+
+@pytest.mark.slow
+def test_pure_bf16_trains_in_one_program_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options = ("--precision", "pure-bf16", "--logging-steps", "2", "--save-steps", "4")
+    whole = train(tmp_path / "whole", *options, "--max-steps", "8")
+    assert whole.code == 0, whole.output
+    assert "training-graph compilations: 1; host reads between log lines: 0; operators outside XLA: 0" in whole.output
+    started = ("--resume-from-checkpoint", str(whole.checkpoints[0]))
+    rest = train(tmp_path / "rest", *options, "--max-steps", "8", *started)
+    assert rest.code == 0, rest.output
+    assert rest.state == whole.state
+    assert rest.losses == whole.losses[4:]
