@@ -100,7 +100,7 @@ def _tpu_files() -> list[Path]:
 def prepare_environment(backend: str) -> None:
     """Set what the libraries read at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # With it, transformers leaves the weights of all but one process empty: here each process reads its own.
+    # With it, transformers loads differently on all processes but one, which hands out nothing here.
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     if not set_by_user("PJRT_DEVICE"):
         os.environ.pop("PJRT_DEVICE", None)

@@ -22,33 +22,27 @@ from tests.programs import tell
 ROWS, LENGTH, STEPS = 8, 64, 10
 CASES: dict[str, dict[str, Any]] = {
     "stored": {"precision": "fp32"},
-    "pickled": {"precision": "fp32"},
     "gpt-oss": {"model_name": "tiny-gpt-oss", "precision": "bf16", "remat": "none"},
     "adapters": {"lora_rank": 4, "precision": "bf16"},
 }
-"""``stored`` has its weights in a file, so that each process reads its parts only; of ``pickled`` it reads all."""
+"""``stored`` has its weights in a file, so that each process reads its parts only."""
 
 
 def options(case: str, folder: Path) -> RunConfig:
     plain: dict[str, Any] = {"model_name": "tiny-qwen3", "tokenizer_name": "tiny-qwen3", "max_seq_length": LENGTH}
     plain |= {"max_grad_norm": 0.5, "weight_decay": 0.1}
-    if case in ("stored", "pickled"):
-        plain["model_name"] = str(folder / "model" / ("pickled" if case == "pickled" else ""))
+    if case == "stored":
+        plain["model_name"] = str(folder / "model")
     return RunConfig.from_mapping(plain | CASES[case])
 
 
 def store_model(folder: Path) -> None:
-    """The weights that the cases ``stored`` and ``pickled`` begin with."""
+    """The weights that the case ``stored`` begins with."""
     from numina_finetune.models.load import load_model
     from numina_finetune.models.tokenizer import load_tokenizer
 
     config = RunConfig(model_name="tiny-qwen3", precision="fp32", max_seq_length=LENGTH)
-    model = load_model(config, load_tokenizer(config))
-    model.save_pretrained(folder / "model")
-    pickled = folder / "model" / "pickled"
-    pickled.mkdir()
-    model.config.save_pretrained(pickled)
-    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    load_model(config, load_tokenizer(config)).save_pretrained(folder / "model")
 
 
 def rows(step: int) -> Batch:

@@ -34,9 +34,7 @@ def accelerate_launch(processes: int) -> list[str]:
 
 def live_steps(folder: Path, mesh: str, processes: int) -> list[Found]:
     """What each process of a mesh finds."""
-    # As `accelerate launch` sets it: transformers would leave all processes but one without weights.
-    env = environment(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
-    run_in_processes(processes, "tests.torch_native.live", str(folder), mesh, env=env)
+    run_in_processes(processes, "tests.torch_native.live", str(folder), mesh, env=environment())
     return told(folder, processes)
 
 
@@ -81,13 +79,6 @@ def test_split_weights_train_as_whole_ones(one: tuple[Path, Found], split: tuple
         assert found["stored"]["tokens"] == expected["tokens"]
         assert found["stored"]["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-6)
     assert distance(live.weights_file("stored", split[0]), live.weights_file("stored", one[0])) < 1e-5
-
-
-def test_weights_that_can_only_be_read_whole_are_split_as_others(
-    one: tuple[Path, Found], split: tuple[Path, list[Found]]
-) -> None:
-    for found in split[1]:
-        assert found["pickled"]["losses"] == pytest.approx(one[1]["pickled"]["losses"], abs=5e-6)
 
 
 @pytest.mark.parametrize("case", ["gpt-oss", "adapters"])
