@@ -14,7 +14,9 @@ LOSS = {"fp64": 1e-9, "fp32": 5e-6}
 GRADIENT = {"fp64": 1e-9, "fp32": 1e-5}
 
 
-def agreement(devices: int, dtype: str, mesh: str, attention: str, *cases: str) -> dict[str, tuple[float, float, int, int]]:
+def agreement(
+    devices: int, dtype: str, mesh: str, attention: str, *cases: str
+) -> dict[str, tuple[float, float, int, int]]:
     env = environment(devices=devices, JAX_PLATFORMS="cpu")
     result = run_module("tests.xla.agreement", dtype, mesh, attention, *cases, env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
