@@ -1,7 +1,7 @@
 """The loss on XLA times 1/N, in a process of its own.
 
-``python -m tests.xla.scaling`` prints by form of the loss how many of the bf16 gradients by the hidden states, and by the
-bf16 weight, are not those of the loss itself times 1/N, multiplied in fp32 and then rounded.
+``python -m tests.xla.scaling`` prints by form of the loss how many of the bf16 gradients by the hidden states, and by
+the bf16 weight, are not those of the loss itself times 1/N, multiplied in fp32 and then rounded.
 """
 
 from __future__ import annotations
