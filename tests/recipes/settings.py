@@ -16,7 +16,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from numina_finetune.data.synthetic import generate_problems
 from numina_finetune.models.builtin import TINY_TOKENIZER, tiny_config
 from numina_finetune.option_fields import flag
 from numina_finetune.plan.geometry import GEOMETRIES
@@ -28,11 +27,11 @@ DEVICES = 4
 CHIPS = 16
 """Of the largest slice that a dense recipe is planned for: more rows a step than these take at once accumulate."""
 HELD_OUT = 8
-GENERATED = "synthetic-gsm8k"
-FEW = f"{GENERATED}[test]"
-"""Which take a sixtieth of the time to make."""
 LENGTH = 128
-"""Tokens in a row: as few as what :func:`rows` writes allows."""
+SMALL: Mapping[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+}
+"""Of the models, whose other figures are those of the built-in ones."""
 REPLACED = frozenset(
     {
         *("model_name", "datasets", "eval_dataset_name", "validation_size", "max_seq_length"),
@@ -55,9 +54,10 @@ class Setting:
         own = dict(self.kept)
         kind, sources = own.pop("model"), own.pop("sources")
         evaluates, accumulates = own.pop("evaluates"), own.pop("accumulates")
+        count = 2 * DEVICES * (2 if accumulates else 1) + (HELD_OUT if evaluates == "validation_size" else 0)
         own |= {
             "model_name": model(folder, kind),
-            "datasets": [{**source, "name": rows(folder, source["format"])} for source in sources],
+            "datasets": [{**source, "name": rows(folder, source["format"], count)} for source in sources],
             "max_seq_length": LENGTH,
             "max_steps": STEPS,
             "per_device_train_batch_size": DEVICES // devices,  # the same micro-batches on any number of devices
@@ -65,7 +65,7 @@ class Setting:
         if evaluates == "validation_size":
             own["validation_size"] = HELD_OUT
         elif evaluates:
-            own["eval_dataset_name"] = GENERATED
+            own["eval_dataset_name"] = "synthetic-gsm8k"
         if evaluates:
             own["eval_steps"] = STEPS // 2
         if accumulates:
@@ -81,7 +81,8 @@ class Bare(Setting):
     """A command that says no more than a model, a dataset, a place, and perhaps that there are to be adapters."""
 
     def words(self, folder: Path, devices: int) -> list[str]:
-        given = {**self.kept, "model_name": model(folder, self.kept["model"]), "dataset_name": FEW}
+        given = {**self.kept, "model_name": model(folder, self.kept["model"])}
+        given["dataset_name"] = rows(folder, "gsm8k", 2 * DEVICES)
         del given["model"]
         given |= {"max_steps": STEPS, "max_seq_length": LENGTH}
         given["per_device_train_batch_size"] = DEVICES // devices
@@ -123,45 +124,43 @@ def without_sizes(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model(folder: Path, kind: str) -> str:
-    """What ``--model-name`` is for a tiny model of the kind; one that is not built in is in ``folder``."""
-    if kind != "untied":
-        return {"tied": "tiny-qwen3", "gpt-oss": "tiny-gpt-oss"}[kind]
-    place = folder / "untied"
+    """``--model-name`` of a random model of the kind, in ``folder``."""
+    place = folder / kind
     if not place.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(str(TINY_TOKENIZER))
-        config = tiny_config("tiny-qwen3", tokenizer)
-        config.tie_word_embeddings = False
+        config = tiny_config("tiny-gpt-oss" if kind == "gpt-oss" else "tiny-qwen3", tokenizer)
+        config.update({**SMALL, "tie_word_embeddings": kind == "tied"})
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(place)
         tokenizer.save_pretrained(place)
     return str(place)
 
 
-def rows(folder: Path, form: str) -> str:
-    """Generated problems as a dataset of this format has them."""
-    if form == "gsm8k":
-        return GENERATED
-    path = folder / f"{form}.jsonl"
-    if not path.is_file():
-        written = (ROWS[form](**problem) for problem in generate_problems("train", count=2000))
-        path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+def rows(folder: Path, form: str, count: int) -> str:
+    """A file of rows of this format, two of which fill one of the batch: all make one step, so that each sees the same.
+
+    Else the loss of few steps at the recipes' rates would say more of their rows than of what was learned.
+    """
+    path = folder / f"{form}-{count}.jsonl"
+    problems = [(f"What is {n} plus {n + 7} plus {n + 9}?", 3 * n + 16) for n in range(11, 11 + count)]
+    path.write_text("".join(json.dumps(ROWS[form](*problem)) + "\n" for problem in problems), encoding="utf-8")
     return str(path)
 
 
-def _numina_cot(question: str, answer: str) -> dict[str, Any]:
-    steps, _, result = answer.rpartition("\n#### ")
-    return {"source": "generated", **_solved(question, f"{steps}\n\\boxed{{{result}}}")}
+def _gsm8k(problem: str, result: int) -> dict[str, Any]:
+    return {"question": problem, "answer": f"It is {result}.\n#### {result}"}
 
 
-def _numina_tir(question: str, answer: str) -> dict[str, Any]:
+def _numina_cot(problem: str, result: int) -> dict[str, Any]:
+    return {"source": "generated", **_numina_tir(problem, result)}
+
+
+def _numina_tir(problem: str, result: int) -> dict[str, Any]:
     """Without code, as some of its rows are: the definition of a tool alone is 700 of the tiny tokenizer's tokens."""
-    return _solved(question, f"It is \\boxed{{{answer.rpartition('#### ')[2]}}}.")
-
-
-def _solved(problem: str, solution: str) -> dict[str, Any]:
+    solution = f"It is \\boxed{{{result}}}."
     turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
     return {"problem": problem, "solution": solution, "messages": turns}
 
 
-ROWS = {"numina_cot": _numina_cot, "numina_tir": _numina_tir}
-"""By the format: a row of it out of a generated problem."""
+ROWS = {"gsm8k": _gsm8k, "numina_cot": _numina_cot, "numina_tir": _numina_tir}
+"""By the format: a row of it that asks and solves a problem."""

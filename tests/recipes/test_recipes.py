@@ -71,7 +71,7 @@ def trains(run: Run, steps: int = STEPS) -> None:
     losses = run.losses
     assert len(losses) == steps and all(map(math.isfinite, losses)), losses
     assert all(record["applied"] for record in run.metrics if "loss" in record)
-    few = min(5, steps // 2)
+    few = min(5, steps // 2)  # all steps have the same rows
     assert sum(losses[-few:]) < sum(losses[:few]), losses
     assert all(math.isfinite(record["eval_loss"]) for record in run.metrics if "eval_loss" in record)
     files = [*run.run.glob("model/*.safetensors"), *run.run.glob("adapter/*.safetensors")]
