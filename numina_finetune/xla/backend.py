@@ -41,10 +41,14 @@ from numina_finetune.xla.generation import MeshDecoder
 from numina_finetune.xla.micro_batches import MicroBatches
 from numina_finetune.xla.optimizer import make_optimizer
 from numina_finetune.xla.placement import place_model, step_options
+from numina_finetune.xla.programs import Programs, open_programs
 from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
 from numina_finetune.xla.state import SavePlanner, settle
 from numina_finetune.xla.step import train_step
 from numina_finetune.xla.tensors import RuntimeTensors
+
+_STORED_WITHIN = 10.0
+"""Seconds that a run's end waits for compiled programs on their way to storage."""
 
 
 class XlaBackend:
@@ -76,10 +80,12 @@ class XlaBackend:
         with accelerate_settings.hidden():
             self.accelerator = Accelerator(mixed_precision="no", project_dir=str(config.run_dir), rng_types=[])
         self._traffic = TrafficCounter()
+        self._programs: Programs | None = None
 
     def place(
         self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
     ) -> None:
+        self._programs = open_programs(config.run_url if config.output_dir else None, self.processes)
         options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
         with progress(model.parameters()) as told:
             tensors = RuntimeTensors(self._mesh, self.device, weights, told)
@@ -184,12 +190,16 @@ class XlaBackend:
         self._traffic.leave_out()
 
     def summary(self) -> str:
-        generated = self._traffic.generation_compilations
+        generated, read_back = self._traffic.generation_compilations, 0
+        if self._programs is not None:
+            self._programs.settle(_STORED_WITHIN)
+            read_back = self._programs.read_back
         return (
             f"training-graph compilations: {self._traffic.training_compilations}; "
             f"host reads between log lines: {self._traffic.host_reads}; "
             f"operators outside XLA: {self._traffic.fallbacks}"
             + (f"; compilations for generation: {generated}" if generated else "")
+            + (f"; programs read back instead of compiled: {read_back}" if read_back else "")
         )
 
     def _state(self) -> dict[str, Any]:
