@@ -200,6 +200,9 @@ class NativeBackend:
         profile.stop()
         profile.export_chrome_trace(str(path))
 
+    def compile_seconds(self) -> float:
+        return 0.0
+
     def summary(self) -> str:
         return "eager execution: no graph to compile"
 

@@ -168,6 +168,9 @@ class Backend(Protocol):
     def stop_profile(self) -> None:
         """End the recording, and write it."""
 
+    def compile_seconds(self) -> float:
+        """What this process has spent on making programs for its devices, or on reading kept ones back; 0 if eager."""
+
     def summary(self) -> str:
         """What the run cost in compilations and host reads, in one line."""
 

@@ -42,6 +42,7 @@ class Report:
         active: bool,
         began: float,
         committed: Callable[[], int | None],
+        first_step: Callable[[], str | None] = lambda: None,
         flops: TokenFlops,
         chips: Chips,
         rows_per_step: int,
@@ -53,6 +54,7 @@ class Report:
         Args:
             began: when it did, by the monotonic clock.
             committed: tells the step of the newest checkpoint.
+            first_step: is asked after every step for a line on what it took to get to it.
             spike_factor: see :class:`numina_finetune.train.spikes.SpikeWatch`.
             publish: stores ``metrics.jsonl`` in the run's place.
         """
@@ -62,6 +64,7 @@ class Report:
         self._active = active
         self._flops, self._chips = flops, chips
         self._began, self._since, self._committed = began, time.monotonic(), committed
+        self._first_step = first_step
         self._step_seconds: list[float] = []
         self._rows_per_step, self._curves = rows_per_step, Curves(rows_per_step, spike_factor)
         self._display = Display(step, total_steps) if active and sys.stdout.isatty() else None
@@ -76,6 +79,8 @@ class Report:
 
     def advance(self) -> None:
         """One optimizer step was dispatched."""
+        if (told := self._first_step()) and self._active:
+            self._say(told)
         if self._display:
             self._display.advance(self._committed())
 

@@ -48,6 +48,7 @@ from numina_finetune.train.record import (
 )
 from numina_finetune.train.report import Report
 from numina_finetune.train.speed import TokenFlops, token_flops
+from numina_finetune.train.startup import StartUp
 from numina_finetune.train.trackers import (
     TENSORBOARD,
     TrackedLife,
@@ -142,15 +143,18 @@ class _Life:
     make_evaluator: MakeEvaluator | None = None
     checkpoints: CheckpointManager | None = None
     began: float = field(default_factory=time.monotonic)
+    start_up: StartUp = field(default_factory=StartUp)
 
     def run(self) -> bool:
         """Resume, train, export; whether the run is finished."""
         asked, backend, place = self.config, self.backend, self.place
+        self.start_up.part("start")
         record, commit = backend.processes.broadcast(self._record() if backend.process_index == 0 else None)
         config = self.config = pinned(asked, commit)
         tokenizer = load_tokenizer(config)
         data, plan = prepare(config, backend, tokenizer, record)
         say(backend, f"{place.url}: {describe(data, plan)}")
+        self.start_up.part("data")
         fingerprint, base = tokenizer_hash(tokenizer), base_fingerprint(config)
         self._claim(asked, record, commit, data, plan, fingerprint, base)
         facts = facts_of(
@@ -191,6 +195,7 @@ class _Life:
         if config.eval_samples and self.make_evaluator is not None:
             generation = load_generation_config(config, model.config)
             measure = self.make_evaluator(config, backend, tokenizer, generation)
+        self.start_up.part("model")
         finished = self._train(data, plan, self.checkpoints, flops, measure)
         say(backend, backend.summary())
         if finished:
@@ -218,7 +223,7 @@ class _Life:
             step=self.progress.step,
             saved_step=checkpoints.committed_step if checkpoints else None,
             reason=reason,
-            seconds=checkpoints.seconds if checkpoints else {},
+            seconds={**(checkpoints.seconds if checkpoints else {}), **self.start_up.seconds},
         )
 
     def _train(
@@ -243,6 +248,7 @@ class _Life:
             total_steps=plan.total_steps,
             active=first,
             began=self.began,
+            first_step=lambda: self.start_up.first_step(backend.compile_seconds()),
             committed=lambda: checkpoints.newest_committed,
             flops=flops,
             chips=backend.chips,

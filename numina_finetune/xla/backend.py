@@ -16,7 +16,6 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.distributed.xla_backend
 import torch_xla.runtime as xr
 from accelerate import Accelerator
-from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner
 from transformers import PreTrainedModel
 
 from numina_finetune import accelerate_settings
@@ -42,8 +41,8 @@ from numina_finetune.xla.micro_batches import MicroBatches
 from numina_finetune.xla.optimizer import make_optimizer
 from numina_finetune.xla.placement import place_model, step_options
 from numina_finetune.xla.programs import Programs, open_programs
-from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, peak_flops, start_spmd
-from numina_finetune.xla.state import SavePlanner, settle
+from numina_finetune.xla.runtime import BATCH_SPEC, TrafficCounter, build_mesh, compile_seconds, peak_flops, start_spmd
+from numina_finetune.xla.state import LoadPlanner, SavePlanner, settle
 from numina_finetune.xla.step import train_step
 from numina_finetune.xla.tensors import RuntimeTensors
 
@@ -176,7 +175,7 @@ class XlaBackend:
         settle()
         if self._placed.stacking is not None:
             shards = shards.arranged(self._placed.stacking.restack)
-        shards.fill(self._state(), SPMDLoadPlanner())
+        shards.fill(self._state(), LoadPlanner())
         settle()
         self._traffic.leave_out()
 
@@ -188,6 +187,9 @@ class XlaBackend:
         settle()
         profiler.stop_trace()
         self._traffic.leave_out()
+
+    def compile_seconds(self) -> float:
+        return compile_seconds()
 
     def summary(self) -> str:
         generated, read_back = self._traffic.generation_compilations, 0

@@ -37,6 +37,9 @@ _PLACES = {
 _FIELDS = 16
 """Room for fields that newer libraries may look at: they stay null."""
 
+_IN_TABLES: list[object] = []
+"""Functions that are in a library's table, which does not keep them alive: the process does."""
+
 
 class PluginError(Exception):
     """The library has no such table, or one of its functions failed."""
@@ -125,13 +128,13 @@ class Plugin:
         if self._table.major != _MAJOR_VERSION or self._table.size < ctypes.sizeof(_Table):
             raise PluginError(f"{library} has the API {self._table.major}.{self._table.minor}: not known here")
         self.size = library.stat().st_size
+        """Bytes of the library: two builds hardly ever share it."""
         self._compile = self._function("PJRT_Client_Compile")
-        self._kept: list[object] = []
 
     def replace_compile(self, replacement: Callable[[Compilation], int | None]) -> None:
         """Have ``replacement`` called wherever a program is to be compiled; it must not raise."""
         function = _C_FUNCTION(lambda address: replacement(Compilation(address)))
-        self._kept.append(function)  # the table does not keep it alive
+        _IN_TABLES.append(function)
         self._table.functions[_PLACES["PJRT_Client_Compile"]] = ctypes.cast(function, c_void_p).value
 
     def compile(self, call: Compilation) -> int | None:
@@ -159,7 +162,7 @@ class Plugin:
         Raises:
             PluginError: the library does not take these bytes.
         """
-        address = ctypes.cast(c_char_p(data), c_void_p).value or 0
+        address = ctypes.cast(c_char_p(data), c_void_p).value or 0  # whoever calls keeps the bytes alive
         return self._call("PJRT_Executable_DeserializeAndLoad", client, address, len(data))[5]
 
     def unload(self, executable: int) -> None:
@@ -182,13 +185,13 @@ class Plugin:
         told = self._call(name, subject)
         return ctypes.string_at(told[3], told[4]).decode(errors="replace")
 
-    def _call(self, name: str, *given: int) -> list[int]:
+    def _call(self, name: str, *given: int | None) -> list[int]:
         """The fields of the arguments after the call, with what the function put there.
 
         Raises:
             PluginError: it failed.
         """
-        arguments = (c_size_t * _FIELDS)(ctypes.sizeof(c_size_t) * _FIELDS, 0, *given)
+        arguments = (c_size_t * _FIELDS)(ctypes.sizeof(c_size_t) * _FIELDS, 0, *(value or 0 for value in given))
         error = self._function(name)(ctypes.addressof(arguments))
         if error:
             raise PluginError(self._told(error))

@@ -41,9 +41,7 @@ class ProgramFiles:
         self._stores, self._written, self._process = stores, written, process
         self._told = False
         self._names = {store.url: self._listed(store) for store in stores}
-        self._waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
+        self._waiting: queue.Queue[Callable[[], None]] = queue.Queue()
         self._writer: threading.Thread | None = None
 
     def find(self, name: str) -> bytes | None:
@@ -86,7 +84,8 @@ class ProgramFiles:
 
     def settle(self, seconds: float) -> None:
         """Wait for what is being stored, at most so long."""
-        self._idle.wait(seconds)
+        with self._waiting.all_tasks_done:
+            self._waiting.all_tasks_done.wait_for(lambda: not self._waiting.unfinished_tasks, seconds)
 
     def _listed(self, store: Store) -> set[str]:
         return set(self._guarded(lambda: store.names(f"{FOLDER}/")) or ())
@@ -109,7 +108,6 @@ class ProgramFiles:
             _shrink(store)
 
     def _later(self, work: Callable[[], None]) -> None:
-        self._idle.clear()
         self._waiting.put(work)
         if self._writer is None:
             self._writer = threading.Thread(target=self._store_all, name="programs", daemon=True)
@@ -118,8 +116,7 @@ class ProgramFiles:
     def _store_all(self) -> None:
         while True:
             self._guarded(self._waiting.get())
-            if self._waiting.empty():
-                self._idle.set()
+            self._waiting.task_done()
 
     def _guarded(self, work: Callable[[], _T]) -> _T | None:
         try:

@@ -23,6 +23,7 @@ import torch_xla.runtime as xr
 from numina_finetune.processes import ProcessGroup
 from numina_finetune.xla.plugin import Compilation, Plugin, PluginError
 from numina_finetune.xla.program_files import ProgramFiles, open_files
+from numina_finetune.xla.program_text import canonical
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ class Programs:
             told += [f"{name}={os.environ.get(name, '')}" for name in _ENVIRONMENT]
             self._surroundings = "\n".join(told).encode()
         digest = hashlib.sha256()
-        for part in (self._surroundings, *call.parts):
+        code, form, options = call.parts
+        for part in (self._surroundings, canonical(code), form, options):
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 

@@ -78,6 +78,12 @@ def peak_flops() -> float | None:
     return chip.bf16_flops if chip else None
 
 
+def compile_seconds() -> float:
+    """What this process has spent on programs: compiling them, or reading kept ones back."""
+    data = xla_metrics.metric_data("CompileTime")
+    return data[1] / 1e9 if data else 0.0
+
+
 class TrafficCounter:
     """Counts graph compilations and host reads of the training steps, and of all that happens between them.
 

@@ -1,14 +1,16 @@
-"""How sharded state on the devices is planned for saving, and when it may be touched."""
+"""How sharded state on the devices is planned for saving and loading, and when it may be touched."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
 
 
 def settle() -> None:
@@ -41,3 +43,34 @@ class SavePlanner(SPMDSavePlanner):  # type: ignore[misc]
             self._local_shards.clear()
         tensor: torch.Tensor = super().resolve_data(write_item).cpu()
         return tensor
+
+
+class LoadPlanner(SPMDLoadPlanner):  # type: ignore[misc]
+    """Gives tensors that are not split their values as wholes.
+
+    Every write to a part of a tensor on the devices makes the tensor anew. The step of a resumed attempt would then
+    have its tensors in another order than the first attempt's: it would be another program, and compiled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wholes: dict[str, torch.Tensor] = {}
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        if index.fqn not in self.unsharded_state_dict:
+            found: torch.Tensor = super().lookup_tensor(index)
+            return found
+        if index.fqn not in self._wholes:
+            tensor = self.unsharded_state_dict[index.fqn]
+            self._wholes[index.fqn] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._pending_elements[index.fqn] = tensor.numel()
+        return self._wholes[index.fqn]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        name = read_item.dest_index.fqn
+        if name not in self.unsharded_state_dict:
+            super().commit_tensor(read_item, tensor)
+            return
+        self._pending_elements[name] -= math.prod(read_item.lengths)
+        if self._pending_elements[name] == 0:
+            self.unsharded_state_dict[name].copy_(self._wholes.pop(name))
