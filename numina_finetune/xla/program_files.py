@@ -92,7 +92,7 @@ class ProgramFiles:
 
     def _read(self, store: Store, name: str) -> bytes | None:
         try:
-            return _unpacked(store.read(_path(name)))
+            return unpacked(store.read(_path(name)))
         except NotFound:
             return None
         except (ValueError, zlib.error):
@@ -103,7 +103,7 @@ class ProgramFiles:
         return None
 
     def _write(self, store: Store, name: str, data: bytes) -> None:
-        store.write(_path(name), _packed(data))
+        store.write(_path(name), packed(data))
         if store is self._stores[0]:
             _shrink(store)
 
@@ -145,12 +145,12 @@ def _path(name: str) -> str:
     return f"{FOLDER}/{name}"
 
 
-def _packed(data: bytes) -> bytes:
+def packed(data: bytes) -> bytes:
     return _HEAD + hashlib.sha256(data).digest() + zlib.compress(data, 1)
 
 
-def _unpacked(stored: bytes) -> bytes:
-    """Raises ValueError or zlib.error where it is not what `_packed` made."""
+def unpacked(stored: bytes) -> bytes:
+    """Raises ValueError or zlib.error where it is not what `packed` made."""
     body = stored.removeprefix(_HEAD)
     data = zlib.decompress(body[32:])
     if body is stored or hashlib.sha256(data).digest() != body[:32]:

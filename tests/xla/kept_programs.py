@@ -96,10 +96,11 @@ def main(folder: Path, *how: str) -> None:
     for _ in range(2):
         rows = (rows @ weight).relu() + rows.mean()
         torch_xla.sync()
+    total = float(rows.sum())
     found = {
         "on": opened is not None,
         "read_back": opened.read_back if opened else 0,
-        "sum": float(rows.sum()),
+        "sum": total,
         "seconds": compile_seconds(),
         "told": told,
     }

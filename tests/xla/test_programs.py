@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from numina_finetune.storage import open_store
+from numina_finetune.xla.program_files import packed
 from tests.conftest import environment
 from tests.programs import run_module
 
@@ -37,9 +38,7 @@ def test_a_later_attempt_reads_back_what_the_first_compiled_and_computes_the_sam
     # A program whole in storage that the library does not take, and one whose reader died.
     broken = tmp_path / "run" / "programs" / kept[0]
     for place in (tmp_path / "machine" / "numina_finetune", tmp_path / "run"):
-        from numina_finetune.xla.program_files import _packed
-
-        open_store(place).write(f"programs/{kept[0]}", _packed(b"no program"))
+        open_store(place).write(f"programs/{kept[0]}", packed(b"no program"))
     open_store(tmp_path / "run").write(f"programs/trying/{kept[-1]}-0", b"")
     third = attempt(tmp_path)
     assert third["sum"] == first["sum"]
