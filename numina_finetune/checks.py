@@ -222,6 +222,8 @@ def backend_faults(config: RunConfig, backend: str) -> list[str]:
         faults.append("--attention splash is a kernel for TPUs: use auto, segments, flash or torch with this backend")
     if config.experts not in ("auto", "dense"):
         faults.append(f"--experts {config.experts} is for XLA: use auto or dense with the native backend")
+    if config.compilation_cache:
+        faults.append("--compilation-cache keeps XLA's programs: leave it out with the native backend")
     if config.torch_compile and config.remat == "dots":
         faults.append("--torch-compile with --remat dots: compiled layers keep all or their input: use none or full")
     return faults

@@ -223,6 +223,12 @@ class RunConfig:
     scan_layers: bool = option(
         True, "XLA: compile one layer, and run it in a loop over all of them.", "Devices", identity=False
     )
+    compilation_cache: bool = option(
+        False,
+        "XLA: keep compiled programs with the run, so that a resumed attempt reads them back. Not tried on a TPU yet.",
+        "Devices",
+        identity=False,
+    )
     attention: str = option(
         "auto",
         "XLA: splash (JAX's kernel for TPUs) or torch. Native: segments (each packed sample by itself), flash (all in "

@@ -84,7 +84,8 @@ class XlaBackend:
     def place(
         self, model: PreTrainedModel, config: RunConfig, weights: Weights | None = None, *, trained: bool = True
     ) -> None:
-        self._programs = open_programs(config.run_url if config.output_dir else None, self.processes)
+        if config.compilation_cache:
+            self._programs = open_programs(config.run_url if config.output_dir else None, self.processes)
         options = step_options(config, model, self.mesh_shape, device_type=xr.device_type())
         with progress(model.parameters()) as told:
             tensors = RuntimeTensors(self._mesh, self.device, weights, told)

@@ -161,6 +161,7 @@ def open_programs(run_url: str | None, processes: ProcessGroup) -> Programs | No
     variables = _LIBRARIES.get(xr.device_type() or "", ())
     library = next((os.environ[name] for name in variables if os.environ.get(name)), None)
     if library is None:
+        logger.warning("every attempt compiles anew: torch_xla's own %s devices keep no programs", xr.device_type())
         return None
     plugin = None
     try:

@@ -14,7 +14,8 @@ from numina_finetune.xla.program_files import packed
 from tests.conftest import environment
 from tests.programs import run_module
 
-pytest.importorskip("xla_plugins.xla_cpu_pjrt", reason="XLA's CPU library is published for Linux on x86-64 alone")
+pytest.importorskip("xla_plugins.xla_cpu_pjrt", reason="XLA's CPU library is not here: pip install '.[programs]'")
+pytestmark = pytest.mark.slow
 
 
 def attempt(folder: Path, *how: str) -> dict[str, Any]:
