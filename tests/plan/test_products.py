@@ -86,5 +86,5 @@ def test_routers_multiply_in_fp32_in_a_step_that_computes_in_bf16(tmp_path: Path
     # Where hidden states are read as they are, in bf16, they are an operand of fp32 all the same.
     assert all(one.exact and one.result == "f32" and "f32" in one.operands for one in routers)
     others = [one for one in step.products if "mlp.router" not in one.module]
-    assert {operand for one in others for operand in one.operands} == {"bf16"}
+    assert others and not any("f32" in one.operands for one in others)
     assert step.kernels and not any(step.kernels)
