@@ -7,7 +7,6 @@ fp32 master.
 
 from __future__ import annotations
 
-import math
 import re
 
 import torch
@@ -47,30 +46,34 @@ def contracted(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.
     """``torch.einsum`` of two tensors, in their own type on every device.
 
     torch_xla's einsum cannot be told a precision: a TPU would multiply fp32 values in bf16. Its products of matrices
-    can. In bf16 there is nothing to lose, and einsum leaves every dimension as it is split.
+    can, but take dimensions together, each of which may be split over an axis of the mesh of its own. So here none are:
+    where the result shares several dimensions with both tensors, it is no product of matrices; where several are summed
+    over, all but the last are summed after the product. In bf16 there is nothing to lose by einsum.
 
     Args:
-        equation: names no dimension twice in a tensor, and sums over those that both tensors have.
+        equation: such as ``eti,eih->th``: each tensor has one dimension that the other has not.
     """
     if left.device.type != "xla" or left.dtype == torch.bfloat16:
         return torch.einsum(equation, left, right)
     given, made = equation.split("->")
     of_left, of_right = given.split(",")
-    batch = [name for name in of_left if name in of_right and name in made]
-    summed = [name for name in of_left if name in of_right and name not in made]
-    rows, columns = (
-        [name for name in of if name not in other] for of, other in ((of_left, of_right), (of_right, of_left))
-    )
-    sizes = dict(zip(of_left + of_right, left.shape + right.shape, strict=True))
+    both = [name for name in of_left if name in of_right]
+    kept, summed = ([name for name in both if (name in made) == is_kept] for is_kept in (True, False))
+    (row,), (column,) = ([name for name in of if name not in both] for of in (of_left, of_right))
+    *later, inner = summed
 
-    def arranged(tensor: torch.Tensor, of: str, *groups: list[str]) -> torch.Tensor:
-        """``[batch, …]`` with each group of dimensions as one."""
-        order = [of.index(name) for group in (batch, *groups) for name in group]
-        return tensor.permute(order).reshape(*(math.prod(sizes[name] for name in group) for group in (batch, *groups)))
+    def arranged(tensor: torch.Tensor, of: str, *own: str) -> torch.Tensor:
+        return tensor.permute([of.index(name) for name in (*later, *kept, *own)])
 
-    product = torch.bmm(arranged(left, of_left, rows, summed), arranged(right, of_right, summed, columns))
-    found = batch + rows + columns
-    return product.reshape([sizes[name] for name in found]).permute([found.index(name) for name in made])
+    if len(kept) > 1:
+        product = arranged(left, of_left, row, inner).unsqueeze(-2) * arranged(
+            right, of_right, column, inner
+        ).unsqueeze(-3)
+        product = product.sum(-1)
+    else:
+        product = torch.matmul(arranged(left, of_left, row, inner), arranged(right, of_right, inner, column))
+    product = product.sum(list(range(len(later)))) if later else product
+    return product.permute([[*kept, row, column].index(name) for name in made])
 
 
 class CastTo(nn.Module):
