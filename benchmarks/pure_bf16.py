@@ -36,7 +36,7 @@ def train(folder: Path, way: str, steps: int, rate: float) -> None:
         optim.make_optimizer.__kwdefaults__["rounding"] = lambda value, step, salt: value.bfloat16()
     options = {
         **{"model-name": "tiny-qwen3", "dataset-name": "synthetic-gsm8k", "max-seq-length": 128},
-        **{"per-device-train-batch-size": 4, "max-steps": steps, "learning-rate": rate, "precision": WAYS[way]},
+        **{"per-device-train-batch-size": 1, "max-steps": steps, "learning-rate": rate, "precision": WAYS[way]},
         **{"lr-scheduler-type": "constant", "backend": "native", "output-dir": folder, "run-id": "run"},
         **{"logging-steps": 100, "save-steps": 0},
     }
