@@ -17,6 +17,8 @@ from numina_finetune.config import RunConfig
 
 
 def main(*cases: str) -> dict[str, dict[str, Any]]:
+    name, _ = launch.choose_backend(RunConfig())  # once a process, as the command does
+    launch.prepare_environment(name)
     found = {}
     for case in cases:
         folder, *options = case.split(";")
@@ -25,8 +27,6 @@ def main(*cases: str) -> dict[str, dict[str, Any]]:
         config = RunConfig.from_mapping(
             {"model_name": folder, "max_seq_length": 64, "scan_layers": scan, "precision": "bf16", **mapping}
         )
-        name, _ = launch.choose_backend(config)
-        launch.prepare_environment(name)
         with TemporaryDirectory() as scratch:
             found[case] = round_trip(config, name, Path(folder), Path(scratch))
     return found
