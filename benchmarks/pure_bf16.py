@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 WAYS = {"fp32 masters": "bf16", "stochastic": "pure-bf16", "nearest": "pure-bf16"}
 
 
-def train(folder: Path, way: str, steps: int, rate: float) -> None:
+def train(model: str, folder: Path, way: str, steps: int, rate: float) -> None:
     """One training, in this process."""
     from numina_finetune import launch
 
@@ -35,7 +35,7 @@ def train(folder: Path, way: str, steps: int, rate: float) -> None:
         assert optim.make_optimizer.__kwdefaults__
         optim.make_optimizer.__kwdefaults__["rounding"] = lambda value, step, salt: value.bfloat16()
     options = {
-        **{"model-name": "tiny-qwen3", "dataset-name": "synthetic-gsm8k", "max-seq-length": 128},
+        **{"model-name": model, "dataset-name": "synthetic-gsm8k", "max-seq-length": 128},
         **{"per-device-train-batch-size": 1, "max-steps": steps, "learning-rate": rate, "precision": WAYS[way]},
         **{"lr-scheduler-type": "constant", "backend": "native", "output-dir": folder, "run-id": "run"},
         **{"logging-steps": 100, "save-steps": 0},
@@ -61,19 +61,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=1e-5)
-    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "FOLDER", "WAY"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        train(Path(given.one[0]), given.one[1], given.steps, given.rate)
+        train(given.one[0], Path(given.one[1]), given.one[2], given.steps, given.rate)
     with tempfile.TemporaryDirectory() as scratch:
-        found = {}
-        for way, steps, rate in (*((way, given.steps, given.rate) for way in WAYS), ("stochastic", 1, 0.0)):
-            name = way if steps > 1 else "before"
-            folder = Path(scratch) / name
-            words = [sys.executable, __file__, "--steps", str(steps), "--rate", str(rate), "--one", str(folder), way]
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-            found[name] = weights_of(folder), loss_of(folder)
-    before, _ = found.pop("before")
+        found, start = {}, Path(scratch) / "start"
+        # A model that bf16 holds exactly, for all of them to begin from.
+        runs = [("tiny-qwen3", start, "nearest", 1, 0.0)]
+        runs += [(f"{start}/run/model", Path(scratch) / way, way, given.steps, given.rate) for way in WAYS]
+        for model, folder, way, steps, rate in runs:
+            words = [sys.executable, __file__, "--steps", str(steps), "--rate", str(rate)]
+            subprocess.run([*words, "--one", model, str(folder), way], check=True, stdout=subprocess.DEVNULL)
+            found[folder.name] = weights_of(folder), loss_of(folder)
+    before, _ = found.pop("start")
     exact = found["fp32 masters"][0] - before
     print("| weights | loss | moved | distance / masters' | cosine |\n|---|---|---|---|---|")
     for way, (weights, loss) in found.items():
