@@ -67,7 +67,7 @@ def changed(written: Callable[[str], Path], old: str, new: str) -> set[str]:
     ("old", "new", "steps"),
     [
         ("dtype: bf16", "dtype: fp32", {"export"}),
-        ("learning_rate: 1.0e-3", "learning_rate: 2.0e-3", {"cot", "export"}),
+        ("max_steps: 3", "max_steps: 3\n      learning_rate: 2.0e-3", {"cot", "export"}),
         ("max_seq_length: 128", "max_seq_length: 256", {"data", "cot", "export"}),
         ("save_steps: 2", "save_steps: 1", set()),
         ("max_steps: 3", "max_steps: 3\n      weight_decay: 0.0", set()),
