@@ -54,12 +54,13 @@ def test_a_resumed_life_keeps_what_the_checkpoint_has_and_counts_the_rest_as_los
     path = tmp_path / "metrics.jsonl"
     made = [{"step": n, "loss": 1.0, "life": 1, "seconds_per_step": 0.5, "time": 100.0 + n} for n in range(1, 6)]
     evaluations = [{"step": 3, "eval_accuracy": 0.5, "life": 1}]
-    path.write_text(lines(*made[:3], *evaluations, *made[3:]) + '{"step": 6, "l', encoding="utf-8")
+    later = {"step": 4, "eval_accuracy": 0.6, "life": 1}
+    path.write_text(lines(*made[:3], *evaluations, *made[3:], later) + '{"step": 6, "l', encoding="utf-8")
     lost = _keep_records_up_to(path, 3, 2)
     assert lost == [{"step": 3, "lost": {"life": 1, "steps": 2, "seconds": 1.0, "time": 105.0}, "life": 2}]
     kept = parse_metrics(path.read_text(encoding="utf-8"))
     assert [record["step"] for record in kept.steps] == [1, 2, 3]
-    assert not kept.evaluations, "saves come before evaluations: the next life evaluates again"
+    assert kept.evaluations == evaluations, "it is of the state that the next life begins from"
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
