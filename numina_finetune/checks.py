@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,10 @@ def backend_faults(config: RunConfig, backend: str) -> list[str]:
         faults = faults if config.torch_compile else []
         if config.attention in ("segments", "flash"):
             faults.append(f"--attention {config.attention} is for the native backend: use auto, splash or torch")
+        if config.precision == "pure-bf16" and importlib.util.find_spec("jax") is None:
+            faults.append(
+                "--precision pure-bf16 rounds by JAX on XLA, which is not installed: use bf16, or pip install jax"
+            )
         return faults
     faults = []
     if config.attention == "splash":
