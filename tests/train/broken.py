@@ -82,6 +82,8 @@ if __name__ == "__main__":
     from numina_finetune import launch
     from numina_finetune.cli.entry import main
 
-    launch.prepare_environment("xla" if "PJRT_DEVICE" in os.environ else "native")
+    backend = "xla" if "PJRT_DEVICE" in os.environ else "native"
+    launch.prepare_environment(backend)
     break_training(sys.argv.pop(1))
+    sys.argv += ["--backend", backend]  # what was imported meanwhile hides who set the variable
     main()
